@@ -1,0 +1,86 @@
+//! What one forward pass computes: the new tokens of several sequences, packed one after the other.
+
+use crate::config::Positions;
+use crate::rope::RopeParameters;
+use crate::{Config, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// The new tokens of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Tokens that the cache already holds.
+    pub past: usize,
+    /// Tokens in this pass.
+    pub len: usize,
+}
+
+impl Span {
+    /// A whole sequence from its start.
+    pub fn prompt(len: usize) -> Self {
+        Self { past: 0, len }
+    }
+}
+
+/// Packed sequences and what depends on their positions alone, made by [`crate::Decoder::batch`].
+#[derive(Debug, Clone)]
+pub struct Batch {
+    spans: Vec<Span>,
+    tokens: usize,
+    /// (cos, sin), each [1, tokens, head_dim / 2].
+    pub(crate) rope: Option<(Tensor, Tensor)>,
+    /// [tokens] u32 rows of the learned table.
+    pub(crate) position_ids: Option<Tensor>,
+}
+
+impl Batch {
+    pub(crate) fn new(config: &Config, spans: &[Span], dtype: DType, device: &Device) -> Result<Self> {
+        let tokens = spans.iter().map(|s| s.len).sum();
+        let (mut rope, mut position_ids) = (None, None);
+        match &config.positions {
+            Positions::Rope(parameters) => rope = Some(tables(parameters, config.head_dim, spans, dtype, device)?),
+            Positions::Learned { offset } => {
+                let ids: Vec<u32> = spans.iter().flat_map(|s| s.past..s.past + s.len).map(|p| (p + offset) as u32).collect();
+                position_ids = Some(Tensor::from_vec(ids, tokens, device)?);
+            }
+        }
+        Ok(Self { spans: spans.to_vec(), tokens, rope, position_ids })
+    }
+
+    /// The sequences.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+
+    /// Rows of this pass: all spans' lengths added.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+}
+
+fn tables(parameters: &RopeParameters, head_dim: usize, spans: &[Span], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
+    let half = head_dim / 2;
+    let tokens: usize = spans.iter().map(|s| s.len).sum();
+    let factor = parameters.attention_factor();
+    let (mut cos, mut sin) = (Vec::with_capacity(tokens * half), Vec::with_capacity(tokens * half));
+    let shared = (!parameters.depends_on_length()).then(|| parameters.inverse_frequencies(head_dim, 0));
+    for span in spans {
+        let own;
+        let frequencies = match &shared {
+            Some(f) => f,
+            None => {
+                own = parameters.inverse_frequencies(head_dim, span.past + span.len);
+                &own
+            }
+        };
+        for position in span.past..span.past + span.len {
+            for frequency in frequencies {
+                // the angle is rounded to f32, as the reference implementation has it
+                let (s, c) = f64::from(position as f32 * frequency).sin_cos();
+                cos.push((c * factor) as f32);
+                sin.push((s * factor) as f32);
+            }
+        }
+    }
+    let tensor = |values: Vec<f32>| -> Result<Tensor> { Ok(Tensor::from_vec(values, (1, tokens, half), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?) };
+    Ok((tensor(cos)?, tensor(sin)?))
+}

@@ -1,0 +1,266 @@
+//! A checkpoint on disk (Hugging Face directory or GGUF file) or inside the binary, opened but not yet loaded to a device.
+
+use crate::chat::ChatTemplate;
+use crate::config::Config;
+use crate::decoder::Decoder;
+use crate::gguf;
+use crate::heterogeneous;
+use crate::safetensors_source::{Bytes, SafetensorsSource};
+use crate::source::{Source, TensorNames};
+use crate::{Error, Result};
+use candle_core::{DType, Device};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokenizers::Tokenizer;
+
+/// Sampling defaults that a checkpoint suggests (`generation_config.json`).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GenerationConfig {
+    /// `temperature`, when sampling is the default.
+    pub temperature: Option<f64>,
+    /// `top_p`.
+    pub top_p: Option<f64>,
+    /// `top_k`.
+    pub top_k: Option<usize>,
+    /// `repetition_penalty`.
+    pub repetition_penalty: Option<f64>,
+    /// Tokens that end a generation, besides the config's.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// A checkpoint compiled into the binary.
+#[derive(Debug, Clone, Copy)]
+pub struct EmbeddedFiles {
+    /// What to call it in errors and listings.
+    pub name: &'static str,
+    /// `config.json`.
+    pub config: &'static str,
+    /// `model.safetensors`.
+    pub weights: &'static [u8],
+    /// `tokenizer.json`.
+    pub tokenizer: &'static str,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: &'static str,
+    /// `generation_config.json`.
+    pub generation_config: &'static str,
+}
+
+/// Configuration, weights, tokenizer and templates of one model.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    path: PathBuf,
+    config: Config,
+    source: Arc<dyn Source>,
+    tokenizer: Tokenizer,
+    tokenizer_files: Vec<(String, Vec<u8>)>,
+    chat_template: Option<ChatTemplate>,
+    generation: GenerationConfig,
+}
+
+/// Files that a copy of the checkpoint takes along unchanged.
+const COMPANIONS: [&str; 9] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+impl Checkpoint {
+    /// Opens a Hugging Face directory or a `.gguf` file, and checks that its tensors are those that its config asks for.
+    ///
+    /// # Errors
+    /// One that names the file, what was expected and what was found.
+    pub fn open(path: &Path) -> Result<Self> {
+        let metadata = std::fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if metadata.is_file() {
+            if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+                return gguf::open(path);
+            }
+            return Err(Error::NotACheckpoint { path: path.to_path_buf(), message: "expected a directory with config.json, or a .gguf file".into() });
+        }
+        if let Some(unfinished) = unfinished(path) {
+            return Err(Error::NotACheckpoint { path: path.to_path_buf(), message: unfinished });
+        }
+        let read = |name: &str| -> Result<Option<String>> {
+            let file = path.join(name);
+            match std::fs::read_to_string(&file) {
+                Ok(text) => Ok(Some(text)),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(e) => Err(Error::io(&file, e)),
+            }
+        };
+        let config_path = path.join("config.json");
+        let config = std::fs::read_to_string(&config_path).map_err(|e| Error::io(&config_path, e))?;
+        let config = Config::from_json(&config, &config_path)?;
+        let tokenizer_path = path.join("tokenizer.json");
+        let tokenizer_text = read("tokenizer.json")?.ok_or_else(|| Error::Tokenizer {
+            path: tokenizer_path.clone(),
+            message: "missing: expected a fast tokenizer (transformers' save_pretrained writes it)".into(),
+        })?;
+        let mut files = Vec::new();
+        for name in COMPANIONS {
+            if let Ok(bytes) = std::fs::read(path.join(name)) {
+                files.push((name.to_string(), bytes));
+            }
+        }
+        let parts = Parts {
+            path: path.to_path_buf(),
+            config,
+            source: Arc::new(SafetensorsSource::open(path)?),
+            tokenizer: parse_tokenizer(&tokenizer_text, &tokenizer_path)?,
+            tokenizer_files: files,
+            tokenizer_config: read("tokenizer_config.json")?,
+            template_file: read("chat_template.jinja")?,
+            generation_config: read("generation_config.json")?,
+        };
+        parts.assemble()
+    }
+
+    /// Opens a checkpoint that is part of the binary.
+    pub fn embedded(files: &EmbeddedFiles) -> Result<Self> {
+        let path = PathBuf::from(files.name);
+        let companion = |name: &str, text: &str| (name.to_string(), text.as_bytes().to_vec());
+        let parts = Parts {
+            config: Config::from_json(files.config, &path.join("config.json"))?,
+            source: Arc::new(SafetensorsSource::from_files(vec![(path.join("model.safetensors"), Bytes::Embedded(files.weights))])?),
+            tokenizer: parse_tokenizer(files.tokenizer, &path.join("tokenizer.json"))?,
+            tokenizer_files: vec![
+                companion("tokenizer.json", files.tokenizer),
+                companion("tokenizer_config.json", files.tokenizer_config),
+                companion("generation_config.json", files.generation_config),
+            ],
+            tokenizer_config: Some(files.tokenizer_config.to_string()),
+            template_file: None,
+            generation_config: Some(files.generation_config.to_string()),
+            path,
+        };
+        parts.assemble()
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The weights' file(s).
+    pub fn source(&self) -> &Arc<dyn Source> {
+        &self.source
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Tokenizer and template files to copy beside a derived checkpoint: (name, contents).
+    pub fn tokenizer_files(&self) -> &[(String, Vec<u8>)] {
+        &self.tokenizer_files
+    }
+
+    /// The chat template, if there is one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    /// Suggested sampling.
+    pub fn generation(&self) -> &GenerationConfig {
+        &self.generation
+    }
+
+    /// Token ids of a text, special tokens in it recognised; `add_special_tokens` adds what the model expects around a sequence.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| Error::Tokenizer { path: self.path.clone(), message: e.to_string() })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Loads the weights to a device.
+    pub fn decoder(&self, device: &Device, dtype: DType) -> Result<Decoder> {
+        Decoder::load(&self.config, self.source.as_ref(), device, dtype)
+    }
+}
+
+/// A directory that a pruning run began and did not finish.
+fn unfinished(path: &Path) -> Option<String> {
+    let started = path.join("run.json").exists() && !path.join("evop.json").exists();
+    started.then(|| format!("a pruning run that has not finished: go on with `evop prune --resume {}`", path.display()))
+}
+
+pub(crate) struct Parts {
+    pub path: PathBuf,
+    pub config: Config,
+    pub source: Arc<dyn Source>,
+    pub tokenizer: Tokenizer,
+    pub tokenizer_files: Vec<(String, Vec<u8>)>,
+    pub tokenizer_config: Option<String>,
+    pub template_file: Option<String>,
+    pub generation_config: Option<String>,
+}
+
+impl Parts {
+    pub fn assemble(mut self) -> Result<Checkpoint> {
+        let names = TensorNames::of(self.config.architecture);
+        heterogeneous::resolve(&mut self.config, self.source.as_ref(), &names)?;
+        let json = |text: &Option<String>, name: &str| -> Result<Value> {
+            text.as_ref().map_or(Ok(Value::Null), |t| serde_json::from_str(t).map_err(|e| Error::config(&self.path.join(name), format!("not valid JSON: {e}"))))
+        };
+        let tokenizer_config = json(&self.tokenizer_config, "tokenizer_config.json")?;
+        let generation = json(&self.generation_config, "generation_config.json")?;
+        let chat_template = chat_template(&tokenizer_config, self.template_file);
+        let fields = crate::config::Fields { json: &generation.as_object().cloned().unwrap_or_default(), path: &self.path };
+        let sampling = fields.bool_or("do_sample", false)?;
+        let sampled = |name: &str| generation.get(name).and_then(Value::as_f64).filter(|_| sampling);
+        let generation = GenerationConfig {
+            temperature: sampled("temperature"),
+            top_p: sampled("top_p"),
+            top_k: sampled("top_k").map(|k| k as usize),
+            repetition_penalty: generation.get("repetition_penalty").and_then(Value::as_f64),
+            eos_token_ids: fields.token_ids("eos_token_id")?,
+        };
+        Ok(Checkpoint {
+            path: self.path,
+            config: self.config,
+            source: self.source,
+            tokenizer: self.tokenizer,
+            tokenizer_files: self.tokenizer_files,
+            chat_template,
+            generation,
+        })
+    }
+}
+
+fn parse_tokenizer(text: &str, path: &Path) -> Result<Tokenizer> {
+    let mut tokenizer: Tokenizer = text.parse().map_err(|e| Error::Tokenizer { path: path.to_path_buf(), message: format!("not a tokenizer file: {e}") })?;
+    // what a file says of padding and truncation is for training batches
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|e| Error::Tokenizer { path: path.to_path_buf(), message: e.to_string() })?;
+    Ok(tokenizer)
+}
+
+fn chat_template(tokenizer_config: &Value, file: Option<String>) -> Option<ChatTemplate> {
+    let token = |name: &str| match tokenizer_config.get(name) {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Object(added)) => added.get("content").and_then(Value::as_str).unwrap_or_default().to_string(),
+        _ => String::new(),
+    };
+    let named = |list: &Vec<Value>| {
+        let default = list.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default")).or(list.first())?;
+        default.get("template").and_then(Value::as_str).map(str::to_string)
+    };
+    let source = file.or_else(|| match tokenizer_config.get("chat_template") {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(Value::Array(list)) => named(list),
+        _ => None,
+    })?;
+    Some(ChatTemplate { source, bos_token: token("bos_token"), eos_token: token("eos_token") })
+}

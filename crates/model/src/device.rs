@@ -1,0 +1,91 @@
+//! Devices and number types by name, and how many threads there really are.
+
+use crate::{Error, Result};
+use candle_core::{DType, Device};
+use std::str::FromStr;
+
+/// What `--device` may say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The first CUDA device if this build and machine have one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The CUDA device of that number; an error if it can't be had.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|n| n.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| format!("expected cpu, cuda, cuda:N or auto, found {text:?}")),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(n) => write!(f, "cuda:{n}"),
+        }
+    }
+}
+
+impl DeviceChoice {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when CUDA is asked for and this build or machine has none.
+    pub fn open(self) -> Result<Device> {
+        let built = candle_core::utils::cuda_is_available();
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda(_) if !built => {
+                Err(Error::Device("this build has no CUDA support: build with `--features cuda` (docs/cuda.md), or use --device cpu".into()))
+            }
+            Self::Cuda(n) => Device::new_cuda(n).map_err(|e| Error::Device(format!("CUDA device {n} can't be opened: {e}"))),
+            Self::Auto if built => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            Self::Auto => Ok(Device::Cpu),
+        }
+    }
+}
+
+/// The number type to compute in: `None` picks f32 on the CPU and bf16 on CUDA.
+///
+/// # Errors
+/// [`Error::Device`] for a type that the device can't compute in.
+pub fn compute_dtype(device: &Device, asked: Option<DType>) -> Result<DType> {
+    match asked {
+        None if device.is_cpu() => Ok(DType::F32),
+        None => Ok(DType::BF16),
+        Some(DType::F32) => Ok(DType::F32),
+        Some(dtype) if !device.is_cpu() => Ok(dtype),
+        Some(dtype) => Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: use --dtype f32 (bf16 and f16 checkpoints are widened exactly)"))),
+    }
+}
+
+/// Threads that may run at once: the container's CPU quota where there is one, else the cores.
+pub fn available_threads() -> usize {
+    // std asks sched_getaffinity and the cgroup's cpu.max
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Sets the size of the tensor library's thread pool. Must run before the first tensor operation, on the main thread.
+pub fn set_threads(threads: usize) {
+    for variable in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
+        // SAFETY: called at the start of main, before any other thread exists
+        unsafe { std::env::set_var(variable, threads.max(1).to_string()) };
+    }
+}

@@ -1,0 +1,44 @@
+//! CPU kernels of our own, where the tensor library's miss the machine's bound or make a row depend on its neighbours.
+//!
+//! Every result here is a function of its own row alone: the order in which products are summed is fixed by the length of
+//! the sum, never by how many rows, columns or threads there are. A sequence therefore gets the same tokens alone and
+//! in a batch, in one prefill chunk and in several, on one thread and on many.
+
+pub(crate) mod attention;
+pub(crate) mod dot;
+pub(crate) mod elementwise;
+pub mod matmul;
+
+use crate::Result;
+use candle_core::{CpuStorage, Storage, Tensor};
+
+/// Calls `f` with the elements of a contiguous f32 CPU tensor, without a copy.
+pub(crate) fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
+        _ => Err(crate::Error::Device(format!("a CPU kernel was given a {:?} tensor on {:?}", tensor.dtype(), tensor.device()))),
+    }
+}
+
+/// Appends a tensor's elements to a vector.
+pub(crate) fn extend_from(rows: &mut Vec<f32>, tensor: &Tensor) -> Result<()> {
+    with_slice(tensor, |values| rows.extend_from_slice(values))
+}
+
+/// A pointer that may cross threads: each task writes elements of its own only.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedOut(pub *mut f32);
+
+// SAFETY: the kernels split their output into disjoint parts before they share it.
+unsafe impl Send for SharedOut {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOut {}
+
+impl SharedOut {
+    /// Through a method, so that closures capture the whole wrapper.
+    pub fn get(self) -> *mut f32 {
+        self.0
+    }
+}

@@ -1,0 +1,53 @@
+//! What a decoder, pruned or dense, **is**: its configuration, its weights and its forward pass.
+//!
+//! The search ([`evop-pruning`]) and the server ([`evop-serving`]) both run the [`Decoder`] of this crate, so a
+//! [`Pattern`] that was scored in the search is, by construction, the model that is served.
+//!
+//! ```no_run
+//! use evop_model::{Checkpoint, Device, DType, NoCache, Span};
+//! # fn main() -> Result<(), evop_model::Error> {
+//! let checkpoint = Checkpoint::open(std::path::Path::new("models/tiny"))?;
+//! let decoder = checkpoint.decoder(&Device::Cpu, DType::F32)?;
+//! let tokens = [11, 42, 7];
+//! let batch = decoder.batch(&[Span::prompt(tokens.len())])?;
+//! let hidden = decoder.forward(&tokens, &batch, &mut NoCache)?;   // [tokens, hidden_size]
+//! let logits = decoder.logits(&hidden)?;                          // [tokens, vocab_size], f32
+//! # Ok(()) }
+//! ```
+//!
+//! [`evop-pruning`]: https://docs.rs/evop-pruning
+//! [`evop-serving`]: https://docs.rs/evop-serving
+
+mod attention;
+mod batch;
+mod cache;
+mod chat;
+mod checkpoint;
+mod config;
+mod decoder;
+pub mod device;
+mod error;
+mod gguf;
+mod gguf_tokenizer;
+mod heterogeneous;
+pub mod kernels;
+mod linear;
+mod pattern;
+mod rope;
+mod safetensors_source;
+mod source;
+
+pub use attention::AttentionSpec;
+pub use batch::{Batch, Span};
+pub use cache::{BatchCache, KvCache, NoCache, SequenceCache};
+pub use candle_core::{DType, Device, Tensor};
+pub use chat::ChatTemplate;
+pub use checkpoint::{Checkpoint, EmbeddedFiles, GenerationConfig};
+pub use config::{Activation, Architecture, Config, LayerConfig, LayerShape, NormKind, Positions, ShapeOrigin};
+pub use decoder::{Attention, Decoder, Layer, Mlp};
+pub use error::{Error, Result};
+pub use linear::{Linear, Norm};
+pub use pattern::{Gene, Pattern};
+pub use rope::{RopeParameters, RopeScaling};
+pub use source::{RawTensor, Source, TensorNames};
+pub use tokenizers::Tokenizer;

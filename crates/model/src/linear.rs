@@ -1,0 +1,86 @@
+//! Linear layers and norms: the one place where number types, widths and biases are decided.
+
+use crate::config::NormKind;
+use crate::kernels;
+use crate::source::{Source, bias_of};
+use crate::Result;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::ops;
+
+/// y = x W^T + b.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    /// [out, in]; may be a view of a larger matrix.
+    weight: Tensor,
+    /// [out].
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Loads `name` (`….weight`) of shape [out, in] and its bias, which must be there when `bias` says so.
+    pub(crate) fn load(source: &dyn Source, name: &str, out: usize, input: usize, bias: bool, dtype: DType, device: &Device) -> Result<Self> {
+        let weight = source.load(name, &[out, input], dtype, device)?;
+        let bias_name = bias_of(name);
+        let bias = if bias || source.shape(&bias_name).is_some() { Some(source.load(&bias_name, &[out], dtype, device)?) } else { None };
+        Ok(Self { weight, bias })
+    }
+
+    /// A layer over a weight of shape [out, in], without a bias.
+    pub fn from_weight(weight: Tensor) -> Self {
+        Self { weight, bias: None }
+    }
+
+    /// The first `out` rows, as a view.
+    pub(crate) fn narrow_out(&self, out: usize) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|b| b.narrow(0, 0, out)).transpose()?;
+        Ok(Self { weight: self.weight.narrow(0, 0, out)?, bias })
+    }
+
+    /// The first `input` columns, as a view.
+    pub(crate) fn narrow_in(&self, input: usize) -> Result<Self> {
+        Ok(Self { weight: self.weight.narrow(1, 0, input)?, bias: self.bias.clone() })
+    }
+
+    /// x [rows, in] -> [rows, out]. On the CPU a row's result doesn't depend on the other rows (`kernels::matmul`).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = if x.device().is_cpu() && x.dtype() == DType::F32 { kernels::matmul::linear(x, &self.weight)? } else { x.matmul(&self.weight.t()?)? };
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+
+    /// The weight, [out, in].
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+}
+
+/// RMS norm or LayerNorm over the last dimension.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    weight: Tensor,
+    /// LayerNorm's.
+    bias: Option<Tensor>,
+    eps: f32,
+}
+
+impl Norm {
+    pub(crate) fn load(source: &dyn Source, name: &str, width: usize, kind: NormKind, eps: f64, dtype: DType, device: &Device) -> Result<Self> {
+        let weight = source.load(name, &[width], dtype, device)?;
+        let bias = match kind {
+            NormKind::Rms => None,
+            NormKind::Layer => Some(source.load(&bias_of(name), &[width], dtype, device)?),
+        };
+        Ok(Self { weight, bias, eps: eps as f32 })
+    }
+
+    /// x [.., width] -> the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.contiguous()?;
+        Ok(match &self.bias {
+            Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
+            None => ops::rms_norm(&x, &self.weight, self.eps)?,
+        })
+    }
+}

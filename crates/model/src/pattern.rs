@@ -1,0 +1,89 @@
+//! What is kept of a parent model: one gene a sub-block, two a layer.
+
+use crate::config::{Config, LayerShape};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// What is kept of one layer. Which groups and channels a number keeps is fixed: the first ones (checkpoints store
+/// them in importance order), so a narrower level is a prefix of a wider one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gene {
+    /// Key/value groups kept; 0: the attention sub-block is skipped.
+    pub kv_groups: usize,
+    /// MLP channels kept; 0: the MLP sub-block is skipped.
+    pub ffn: usize,
+}
+
+/// A pattern that is known to fit its model: one gene a layer, none wider than the parent.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct Pattern {
+    layers: Vec<Gene>,
+}
+
+impl Pattern {
+    /// Checks genes against a model.
+    ///
+    /// # Errors
+    /// [`Error::Pattern`] when the number of layers differs or a gene keeps more than there is.
+    pub fn new(layers: Vec<Gene>, parent: &Config) -> Result<Self> {
+        if layers.len() != parent.num_layers() {
+            return Err(Error::Pattern(format!("expected {} layers, found {}", parent.num_layers(), layers.len())));
+        }
+        for (i, (gene, layer)) in layers.iter().zip(&parent.layers).enumerate() {
+            let LayerShape { kv_groups, ffn, .. } = layer.shape;
+            if gene.kv_groups > kv_groups || gene.ffn > ffn {
+                return Err(Error::Pattern(format!(
+                    "layer {i}: expected at most {kv_groups} key/value groups and {ffn} channels, found {} and {}",
+                    gene.kv_groups, gene.ffn
+                )));
+            }
+        }
+        Ok(Self { layers })
+    }
+
+    /// Everything kept.
+    pub fn dense(parent: &Config) -> Self {
+        Self { layers: parent.layers.iter().map(|l| Gene { kv_groups: l.shape.kv_groups, ffn: l.shape.ffn }).collect() }
+    }
+
+    /// The genes, one a layer.
+    pub fn layers(&self) -> &[Gene] {
+        &self.layers
+    }
+
+    /// Whether sub-block `s` (0: attention of layer 0, 1: its MLP, 2: attention of layer 1, …) is kept at all.
+    pub fn keeps(&self, sub_block: usize) -> bool {
+        let gene = self.layers[sub_block / 2];
+        if sub_block.is_multiple_of(2) { gene.kv_groups > 0 } else { gene.ffn > 0 }
+    }
+
+    /// The same pattern with sub-block `s` skipped.
+    #[must_use]
+    pub fn without(&self, sub_block: usize) -> Self {
+        let mut layers = self.layers.clone();
+        if sub_block.is_multiple_of(2) {
+            layers[sub_block / 2].kv_groups = 0;
+        } else {
+            layers[sub_block / 2].ffn = 0;
+        }
+        Self { layers }
+    }
+}
+
+impl Config {
+    /// The configuration of what `pattern` leaves: a pure function of the two.
+    #[must_use]
+    pub fn with_pattern(&self, pattern: &Pattern) -> Self {
+        let mut config = self.clone();
+        for (layer, gene) in config.layers.iter_mut().zip(pattern.layers()) {
+            layer.shape.kv_groups = gene.kv_groups;
+            layer.shape.ffn = gene.ffn;
+            if gene.kv_groups == 0 {
+                layer.shape.group_size = 0;
+            }
+        }
+        config
+    }
+}

@@ -1,0 +1,2 @@
+//! EvoP.
+fn main() {}
