@@ -129,8 +129,8 @@ class ByteLevelBpe:
         w.add_tokenizer_model("gpt2")
         w.add_tokenizer_pre(self.pre)
         w.add_token_list(self.tokens)
-        kind = lambda t: gguf.TokenType.NORMAL if t not in self.special else gguf.TokenType.USER_DEFINED if t in self.user_defined else gguf.TokenType.CONTROL
-        w.add_token_types([kind(t) for t in self.tokens])
+        kinds = dict.fromkeys(self.special, gguf.TokenType.CONTROL) | dict.fromkeys(self.user_defined, gguf.TokenType.USER_DEFINED)
+        w.add_token_types([kinds.get(t, gguf.TokenType.NORMAL) for t in self.tokens])
         w.add_token_merges(self.merges)
 
     def encode(self, text, add_special_tokens):
@@ -159,7 +159,8 @@ class SentencePiece:
     def write(self, w):
         sp, kinds = self.reference, []
         for i in range(len(sp)):
-            kinds.append(gguf.TokenType.UNKNOWN if sp.is_unknown(i) else gguf.TokenType.CONTROL if sp.is_control(i) else gguf.TokenType.BYTE if sp.is_byte(i) else gguf.TokenType.NORMAL)
+            kinds.append(gguf.TokenType.UNKNOWN if sp.is_unknown(i) else gguf.TokenType.CONTROL if sp.is_control(i)
+                         else gguf.TokenType.BYTE if sp.is_byte(i) else gguf.TokenType.NORMAL)
         w.add_tokenizer_model("llama")
         w.add_token_list(self.tokens)
         w.add_token_scores([sp.get_score(i) for i in range(len(sp))])
@@ -219,22 +220,32 @@ SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "nu
          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False}
 CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3_TOKENS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-MIXED = {"token_embd": T.Q8_0, "output": T.Q8_0, "attn_q": T.Q4_0, "attn_k": T.Q4_1, "attn_v": T.Q5_0, "attn_output": T.Q5_1, "ffn_gate": T.F16, "ffn_up": T.BF16, "ffn_down": T.Q8_0}
-K_QUANTS = {"token_embd": T.Q4_K, "output": T.Q6_K, "attn_q": T.Q2_K, "attn_k": T.Q3_K, "attn_v": T.Q6_K, "attn_output": T.Q4_K, "ffn_gate": T.Q5_K, "ffn_up": T.Q4_K, "ffn_down": T.Q6_K}
+MIXED = {"token_embd": T.Q8_0, "output": T.Q8_0, "attn_q": T.Q4_0, "attn_k": T.Q4_1, "attn_v": T.Q5_0, "attn_output": T.Q5_1,
+         "ffn_gate": T.F16, "ffn_up": T.BF16, "ffn_down": T.Q8_0}
+K_QUANTS = {"token_embd": T.Q4_K, "output": T.Q6_K, "attn_q": T.Q2_K, "attn_k": T.Q3_K, "attn_v": T.Q6_K, "attn_output": T.Q4_K,
+            "ffn_gate": T.Q5_K, "ffn_up": T.Q4_K, "ffn_down": T.Q6_K}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def cases():
-    yield "llama_smollm", Case("llama", SHAPE | {"tie_word_embeddings": True}, ByteLevelBpe(SMOLLM, front=CHATML_TOKENS), MIXED, CHATML, "<|im_start|>", "<|im_end|>", add_bos=False)
-    # whether BOS is put first is not said in the metadata: llama.cpp does so for the pre-tokenizer llama-bpe and for sentencepiece models
+    yield "llama_smollm", Case(
+        "llama", SHAPE | {"tie_word_embeddings": True}, ByteLevelBpe(SMOLLM, front=CHATML_TOKENS),
+        MIXED, CHATML, "<|im_start|>", "<|im_end|>", add_bos=False)
+    # no add_bos in the metadata: llama.cpp then puts BOS first for the pre-tokenizer llama-bpe and for sentencepiece models
     yield "llama_llama3", Case(
-        "llama", SHAPE | {"head_dim": 32, "rope_theta": 500.0, "rope_scaling": {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
-        ByteLevelBpe(LLAMA_BPE, back=LLAMA3_TOKENS), MIXED | {"token_embd": T.F16, "ffn_gate": T.Q4_1, "ffn_up": T.Q5_0}, LLAMA3_CHAT, "<|begin_of_text|>", "<|eot_id|>", rotary_tensor=True)
-    yield "llama_spm_linear", Case("llama", SHAPE | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, SentencePiece(), MIXED | {"token_embd": T.BF16, "output": T.F32}, INST_CHAT, "<s>", "</s>", add_bos=True)
-    yield "llama_k_quants", Case("llama", SHAPE | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 64}, SentencePiece(), K_QUANTS, INST_CHAT, "<s>", "</s>")
-    qwen2 = {k: v for k, v in SHAPE.items() if k != "head_dim"} | {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
-    yield "qwen2", Case("qwen2", qwen2 | {"tie_word_embeddings": True}, ByteLevelBpe(QWEN2, back=[*CHATML_TOKENS, "<tool_call>"], user_defined=["<tool_call>"]), MIXED, CHATML, "<|endoftext|>", "<|im_end|>", add_bos=False)
-    yield "qwen3", Case("qwen3", qwen2 | {"head_dim": 32}, ByteLevelBpe(QWEN2, back=[*CHATML_TOKENS, "<tool_call>"], user_defined=["<tool_call>"]), MIXED, CHATML, "<|endoftext|>", "<|im_end|>", add_bos=False)
+        "llama", SHAPE | {"head_dim": 32, "rope_theta": 500.0, "rope_scaling": LLAMA3}, ByteLevelBpe(LLAMA_BPE, back=LLAMA3_TOKENS),
+        MIXED | {"token_embd": T.F16, "ffn_gate": T.Q4_1, "ffn_up": T.Q5_0}, LLAMA3_CHAT, "<|begin_of_text|>", "<|eot_id|>", rotary_tensor=True)
+    yield "llama_spm_linear", Case(
+        "llama", SHAPE | {"rope_scaling": LINEAR}, SentencePiece(),
+        MIXED | {"token_embd": T.BF16, "output": T.F32}, INST_CHAT, "<s>", "</s>", add_bos=True)
+    yield "llama_k_quants", Case(
+        "llama", SHAPE | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 64}, SentencePiece(),
+        K_QUANTS, INST_CHAT, "<s>", "</s>")
+    shape = {k: v for k, v in SHAPE.items() if k != "head_dim"} | {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
+    qwen = lambda: ByteLevelBpe(QWEN2, back=[*CHATML_TOKENS, "<tool_call>"], user_defined=["<tool_call>"])
+    yield "qwen2", Case("qwen2", shape | {"tie_word_embeddings": True}, qwen(), MIXED, CHATML, "<|endoftext|>", "<|im_end|>", add_bos=False)
+    yield "qwen3", Case("qwen3", shape | {"head_dim": 32}, qwen(), MIXED, CHATML, "<|endoftext|>", "<|im_end|>", add_bos=False)
 
 
 def write_gguf(case, path, name):
@@ -318,7 +329,8 @@ def expected_tokens(case):
                         "decoded": tok.decode(ids, False), "decoded_without_special_tokens": tok.decode(ids, True)})
         assert (entries[-1]["ids_with_bos"] != ids) == bos_is_first
     # as transformers renders templates
-    rendered = Environment(trim_blocks=True, lstrip_blocks=True).from_string(case.chat_template).render(messages=CHAT, add_generation_prompt=True, bos_token=case.bos, eos_token=case.eos)
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(case.chat_template)
+    rendered = template.render(messages=CHAT, add_generation_prompt=True, bos_token=case.bos, eos_token=case.eos)
     already_there = rendered.startswith(case.bos)
     return {"add_bos": bos_is_first, "bos_token": case.bos, "bos_token_id": tok.tokens.index(case.bos), "eos_token": case.eos, "eos_token_id": tok.tokens.index(case.eos),
             "cases": entries, "chat": {"messages": CHAT, "text": rendered, "ids": tok.encode(rendered, add_special_tokens=bos_is_first and not already_there)}}

@@ -29,7 +29,8 @@ PROMPT = "Once upon a time"
 CHATS = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [{"role": "system", "content": "You answer in one short sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
-    [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Nice to meet you, Ada!"}, {"role": "user", "content": "Write a two-line poem with my name in it."}],
+    [{"role": "user", "content": "My name is Ada."}, {"role": "assistant", "content": "Nice to meet you, Ada!"},
+     {"role": "user", "content": "Write a two-line poem with my name in it."}],
 ]
 
 

@@ -95,9 +95,7 @@ impl Checkpoint {
                 Err(e) => Err(Error::io(&file, e)),
             }
         };
-        let config_path = path.join("config.json");
-        let config = std::fs::read_to_string(&config_path).map_err(|e| Error::io(&config_path, e))?;
-        let config = Config::from_json(&config, &config_path)?;
+        let (config, source) = open_weights(path)?;
         let tokenizer_path = path.join("tokenizer.json");
         let tokenizer_text = read("tokenizer.json")?.ok_or_else(|| Error::Tokenizer {
             path: tokenizer_path.clone(),
@@ -112,7 +110,7 @@ impl Checkpoint {
         let parts = Parts {
             path: path.to_path_buf(),
             config,
-            source: Arc::new(SafetensorsSource::open(path)?),
+            source,
             tokenizer: parse_tokenizer(&tokenizer_text, &tokenizer_path)?,
             tokenizer_files: files,
             tokenizer_config: read("tokenizer_config.json")?,
@@ -126,9 +124,11 @@ impl Checkpoint {
     pub fn embedded(files: &EmbeddedFiles) -> Result<Self> {
         let path = PathBuf::from(files.name);
         let companion = |name: &str, text: &str| (name.to_string(), text.as_bytes().to_vec());
+        let weights = SafetensorsSource::from_files(vec![(path.join("model.safetensors"), Bytes::Embedded(files.weights))])?;
+        let (config, source) = checked(Config::from_json(files.config, &path.join("config.json"))?, Arc::new(weights))?;
         let parts = Parts {
-            config: Config::from_json(files.config, &path.join("config.json"))?,
-            source: Arc::new(SafetensorsSource::from_files(vec![(path.join("model.safetensors"), Bytes::Embedded(files.weights))])?),
+            config,
+            source,
             tokenizer: parse_tokenizer(files.tokenizer, &path.join("tokenizer.json"))?,
             tokenizer_files: vec![
                 companion("tokenizer.json", files.tokenizer),
@@ -190,6 +190,28 @@ impl Checkpoint {
     }
 }
 
+/// Configuration and weights of a Hugging Face directory, without a tokenizer.
+///
+/// # Errors
+/// As [`Checkpoint::open`].
+pub fn open_weights(directory: &Path) -> Result<(Config, Arc<dyn Source>)> {
+    let path = directory.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+    checked(Config::from_json(&text, &path)?, Arc::new(SafetensorsSource::open(directory)?))
+}
+
+/// Holds the config's shapes against the tensors'.
+pub(crate) fn checked(mut config: Config, source: Arc<dyn Source>) -> Result<(Config, Arc<dyn Source>)> {
+    let names = TensorNames::of(config.architecture);
+    heterogeneous::resolve(&mut config, source.as_ref(), &names)?;
+    if config.tie_word_embeddings && source.shape(names.head()).is_some() && source.raw(names.head())?.bytes != source.raw(names.embedding())?.bytes {
+        // as transformers 5 does: a head of its own in the file outweighs the flag
+        tracing::warn!(file = %config.path.display(), "`tie_word_embeddings` is set, but `{}` differs from the embedding: used untied", names.head());
+        config.tie_word_embeddings = false;
+    }
+    Ok((config, source))
+}
+
 /// A directory that a pruning run began and did not finish.
 fn unfinished(path: &Path) -> Option<String> {
     let started = path.join("run.json").exists() && !path.join("evop.json").exists();
@@ -208,9 +230,7 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    pub fn assemble(mut self) -> Result<Checkpoint> {
-        let names = TensorNames::of(self.config.architecture);
-        heterogeneous::resolve(&mut self.config, self.source.as_ref(), &names)?;
+    pub fn assemble(self) -> Result<Checkpoint> {
         let json = |text: &Option<String>, name: &str| -> Result<Value> {
             text.as_ref().map_or(Ok(Value::Null), |t| serde_json::from_str(t).map_err(|e| Error::config(&self.path.join(name), format!("not valid JSON: {e}"))))
         };

@@ -36,8 +36,11 @@ impl Architecture {
 pub enum NormKind {
     /// x / rms(x) * weight.
     Rms,
-    /// (x - mean) / std * weight + bias.
-    Layer,
+    /// (x - mean) / std, then * weight + bias where it is affine.
+    Layer {
+        /// Has a weight and a bias.
+        affine: bool,
+    },
 }
 
 /// The MLP's non-linearity.
@@ -205,7 +208,7 @@ impl Config {
             hidden_size,
             head_dim,
             max_position_embeddings,
-            norm: if opt { NormKind::Layer } else { NormKind::Rms },
+            norm: if opt { NormKind::Layer { affine: fields.bool_or("layer_norm_elementwise_affine", true)? } } else { NormKind::Rms },
             norm_eps: if opt { 1e-5 } else { fields.f64_or("rms_norm_eps", 1e-6)? },
             pre_norm: !opt || fields.bool_or("do_layer_norm_before", true)?,
             positions,
@@ -233,6 +236,14 @@ impl Config {
         })
     }
 
+    fn norm_parameters(&self) -> usize {
+        match self.norm {
+            NormKind::Rms => self.hidden_size,
+            NormKind::Layer { affine: true } => 2 * self.hidden_size,
+            NormKind::Layer { affine: false } => 0,
+        }
+    }
+
     /// Number of decoder layers, those without any sub-block included.
     pub fn num_layers(&self) -> usize {
         self.layers.len()
@@ -243,7 +254,7 @@ impl Config {
         let LayerShape { kv_groups, group_size, ffn } = self.layers[layer].shape;
         let (hidden, d) = (self.hidden_size, self.head_dim);
         let (q, kv) = (kv_groups * group_size * d, kv_groups * d);
-        let norm = hidden * if self.norm == NormKind::Layer { 2 } else { 1 };
+        let norm = self.norm_parameters();
         let attention = if kv_groups == 0 {
             0
         } else {
@@ -272,11 +283,7 @@ impl Config {
             Positions::Learned { offset } => (self.max_position_embeddings + offset) * self.hidden_size,
             Positions::Rope(_) => 0,
         };
-        let final_norm = match (self.pre_norm, self.norm) {
-            (false, _) => 0,
-            (true, NormKind::Layer) => 2 * self.hidden_size,
-            (true, NormKind::Rms) => self.hidden_size,
-        };
+        let final_norm = if self.pre_norm { self.norm_parameters() } else { 0 };
         embedding * if self.tie_word_embeddings { 1 } else { 2 } + positions + final_norm + self.block_parameters()
     }
 

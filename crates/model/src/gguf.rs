@@ -1,6 +1,6 @@
 //! GGUF files of the llama, qwen2 and qwen3 architectures, read as if they were Hugging Face checkpoints.
 
-use crate::checkpoint::{Checkpoint, Parts};
+use crate::checkpoint::{Checkpoint, Parts, checked};
 use crate::config::{Architecture, Config};
 use crate::gguf_tokenizer;
 use crate::rope::RopeScaling;
@@ -41,10 +41,11 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
         }
         rope.scaling = Some(RopeScaling::Divisors(divisors));
     }
+    let (config, source) = checked(config, Arc::new(source))?;
     let parts = Parts {
         path: path.to_path_buf(),
         config,
-        source: Arc::new(source),
+        source,
         tokenizer_files: gguf_tokenizer::files(&tokenizer, &metadata)?,
         tokenizer_config: Some(gguf_tokenizer::tokenizer_config(&metadata)?.to_string()),
         tokenizer,

@@ -62,7 +62,7 @@ pub(crate) fn build(metadata: &Metadata<'_>) -> Result<Tokenizer> {
         Ok(Some((token.clone(), id as u32)))
     };
     let wants = |key: &str, default: bool| -> Result<bool> { Ok(metadata.flag(key)?.unwrap_or(default)) };
-    let bos = token_at("tokenizer.ggml.bos_token_id")?.filter(|_| true);
+    let bos = token_at("tokenizer.ggml.bos_token_id")?;
     let eos = token_at("tokenizer.ggml.eos_token_id")?;
     let bos = if wants("tokenizer.ggml.add_bos_token", model == "llama")? { bos } else { None };
     let eos = if wants("tokenizer.ggml.add_eos_token", false)? { eos } else { None };
@@ -74,7 +74,7 @@ pub(crate) fn build(metadata: &Metadata<'_>) -> Result<Tokenizer> {
         let template = TemplateProcessing::builder()
             .try_single(around("$A"))
             .and_then(|t| t.try_pair([around("$A"), around("$B")].concat()))
-            .map_err(|e| wrong(e.clone()))?
+            .map_err(wrong)?
             .special_tokens([bos, eos].into_iter().flatten().collect::<Vec<_>>())
             .build()
             .map_err(|e| wrong(e.to_string()))?;

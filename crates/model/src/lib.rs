@@ -18,6 +18,8 @@
 //! [`evop-pruning`]: https://docs.rs/evop-pruning
 //! [`evop-serving`]: https://docs.rs/evop-serving
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod attention;
 mod batch;
 mod cache;
@@ -42,7 +44,7 @@ pub use batch::{Batch, Span};
 pub use cache::{BatchCache, KvCache, NoCache, SequenceCache};
 pub use candle_core::{DType, Device, Tensor};
 pub use chat::ChatTemplate;
-pub use checkpoint::{Checkpoint, EmbeddedFiles, GenerationConfig};
+pub use checkpoint::{Checkpoint, EmbeddedFiles, GenerationConfig, open_weights};
 pub use config::{Activation, Architecture, Config, LayerConfig, LayerShape, NormKind, Positions, ShapeOrigin};
 pub use decoder::{Attention, Decoder, Layer, Mlp};
 pub use error::{Error, Result};

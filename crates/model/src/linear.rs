@@ -67,10 +67,11 @@ pub struct Norm {
 
 impl Norm {
     pub(crate) fn load(source: &dyn Source, name: &str, width: usize, kind: NormKind, eps: f64, dtype: DType, device: &Device) -> Result<Self> {
-        let weight = source.load(name, &[width], dtype, device)?;
-        let bias = match kind {
-            NormKind::Rms => None,
-            NormKind::Layer => Some(source.load(&bias_of(name), &[width], dtype, device)?),
+        let load = |name: &str| source.load(name, &[width], dtype, device);
+        let (weight, bias) = match kind {
+            NormKind::Rms => (load(name)?, None),
+            NormKind::Layer { affine: true } => (load(name)?, Some(load(&bias_of(name))?)),
+            NormKind::Layer { affine: false } => (Tensor::ones(width, dtype, device)?, Some(Tensor::zeros(width, dtype, device)?)),
         };
         Ok(Self { weight, bias, eps: eps as f32 })
     }

@@ -138,6 +138,7 @@ mod avx2 {
         }
     }
 
+    #[allow(clippy::needless_range_loop)] // indices name the tile's registers
     #[target_feature(enable = "avx2,fma")]
     unsafe fn tile<const M: usize, const N: usize>(a: RowMajor, b: RowMajor, k: usize, out: *mut f32, out_stride: usize) {
         // SAFETY: M rows of a, N rows of b, k elements each; out has room for M x N
@@ -188,6 +189,7 @@ mod avx2 {
         _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps(pairs, pairs, 1)))
     }
 
+    #[allow(clippy::needless_range_loop)] // the column goes into every row
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn weighted_sum(weights: &[f32], rows: RowMajor, out: &mut [f32]) {
         let d = out.len();
