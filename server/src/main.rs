@@ -1,2 +1,66 @@
-//! EvoP.
-fn main() {}
+//! `evop`: finds what a large language model can do without, and serves what is left behind an OpenAI-compatible API.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod admin;
+mod app;
+mod auth;
+mod commands;
+mod config;
+mod data_dir;
+mod hub;
+mod load;
+mod logging;
+mod memory;
+mod metrics;
+mod models;
+mod openai;
+mod operations;
+mod request_id;
+mod router;
+mod served;
+mod serving_slot;
+mod shutdown;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Prunes large language models and serves them behind an OpenAI-compatible API.
+#[derive(Debug, Parser)]
+#[command(name = "evop", version, arg_required_else_help = true, propagate_version = true)]
+struct Cli {
+    /// Threads that compute; by default the container's CPU quota, or else all cores.
+    #[arg(long, env = "EVOP_THREADS", global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves a model over HTTP.
+    Serve(Box<config::ServeConfig>),
+    /// Asks a running server whether it is ready; the exit status is the answer (for a container's health check).
+    Health(commands::health::HealthArgs),
+}
+
+fn main() -> ExitCode {
+    // Before anything else: these change the environment, which is safe only while there is one thread.
+    config::forget_empty_variables();
+    let cli = Cli::parse();
+    let threads = cli.threads.map_or_else(evop_model::device::available_threads, usize::from);
+    evop_model::device::set_threads(threads);
+
+    let result = match cli.command {
+        Command::Serve(config) => commands::serve::run(*config, threads),
+        Command::Health(args) => commands::health::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

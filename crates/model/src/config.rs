@@ -176,6 +176,7 @@ impl Config {
             return Err(Error::config(path, "`word_embed_proj_dim` differs from `hidden_size`: embedding projections (OPT-350m) are not supported"));
         }
         let head_dim = match fields.optional_usize("head_dim")? {
+            None if architecture == Architecture::Qwen3 => 128,
             Some(0) | None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
             Some(0) | None => {
                 return Err(Error::config(path, format!("`hidden_size` {hidden_size} is not a multiple of `num_attention_heads` {heads}")));

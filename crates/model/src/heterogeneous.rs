@@ -28,7 +28,7 @@ pub(crate) fn declared_layers(
         } else if lists {
             (listed(fields, ffn_field, layer, num_layers, heads, head_dim)?, ShapeOrigin::PerLayerLists)
         } else {
-            let global = grouped(fields, heads, fields.usize_or("num_key_value_heads", heads)?, fields.positive(ffn_field)?)?;
+            let global = grouped(fields, heads, kv_heads(fields, architecture, heads)?, fields.positive(ffn_field)?)?;
             match override_of(fields, layer)? {
                 Some(over) => (overridden(fields, over, layer, heads, global, ffn_field)?, ShapeOrigin::PerLayerConfig),
                 None => (global, ShapeOrigin::Global),
@@ -37,6 +37,17 @@ pub(crate) fn declared_layers(
         layers.push(LayerConfig { shape, origin, sliding_window: sliding_window(fields, architecture, layer, num_layers)? });
     }
     Ok(layers)
+}
+
+/// An absent key means the family's default, an explicit null as many as there are query heads (transformers' configuration classes).
+fn kv_heads(fields: &Fields<'_>, architecture: Architecture, heads: usize) -> Result<usize> {
+    let default = match architecture {
+        _ if fields.json.contains_key("num_key_value_heads") => heads,
+        Architecture::Llama | Architecture::Opt => heads,
+        Architecture::Mistral => 8,
+        Architecture::Qwen2 | Architecture::Qwen3 => 32,
+    };
+    fields.usize_or("num_key_value_heads", default)
 }
 
 fn grouped(fields: &Fields<'_>, heads: usize, kv_groups: usize, ffn: usize) -> Result<LayerShape> {
@@ -167,7 +178,9 @@ fn block_config(fields: &Fields<'_>, layer: usize, num_layers: usize, heads: usi
 }
 
 fn sliding_window(fields: &Fields<'_>, architecture: Architecture, layer: usize, num_layers: usize) -> Result<Option<usize>> {
-    let Some(window) = fields.optional_usize("sliding_window")?.filter(|w| *w > 0) else { return Ok(None) };
+    // transformers' default; an explicit null turns it off
+    let default = if fields.json.contains_key("sliding_window") { None } else { Some(4096) };
+    let Some(window) = fields.optional_usize("sliding_window")?.or(default).filter(|w| *w > 0) else { return Ok(None) };
     match architecture {
         Architecture::Llama | Architecture::Opt => return Ok(None),
         Architecture::Qwen2 | Architecture::Qwen3 if !fields.bool_or("use_sliding_window", false)? => return Ok(None),

@@ -65,9 +65,10 @@ impl RopeParameters {
             Some(Value::Object(map)) => Ok(Some(Fields { json: map, path })),
             Some(_) => Err(top.wrong(name, "an object")),
         };
-        let scaling = match object("rope_parameters")? {
+        // where both are given, the old spelling wins, as in transformers
+        let scaling = match object("rope_scaling")?.filter(|f| !f.json.is_empty()) {
             Some(fields) => Some(fields),
-            None => object("rope_scaling")?,
+            None => object("rope_parameters")?,
         };
         let mut theta = top.f64_or("rope_theta", 10_000.0)?;
         let mut original_context = max_position_embeddings;
@@ -77,9 +78,12 @@ impl RopeParameters {
             Some(_) => fields.str_or("rope_type", "default")?,
             None => fields.str_or("type", "default")?,
         };
+        let original = match top.optional_usize("original_max_position_embeddings")? {
+            Some(original) => original,
+            None => fields.usize_or("original_max_position_embeddings", max_position_embeddings)?,
+        };
+        let stretch = max_position_embeddings as f64 / original.max(1) as f64;
         let factor = || fields.f64_or("factor", f64::NAN).and_then(|f| if f >= 1.0 { Ok(f) } else { Err(fields.wrong("factor", "a number of at least 1")) });
-        let original = top.usize_or("original_max_position_embeddings", max_position_embeddings)?;
-        let original = fields.usize_or("original_max_position_embeddings", original)?;
         let scaling = match kind {
             "default" => None,
             "linear" => Some(RopeScaling::Linear { factor: factor()? }),
@@ -91,7 +95,7 @@ impl RopeParameters {
             }
             "yarn" => {
                 original_context = original;
-                let factor = factor()?;
+                let factor = if fields.get("factor").is_some() { factor()? } else { stretch };
                 let mscale = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
                 let (m, m_all) = (fields.f64_or("mscale", 0.0)?, fields.f64_or("mscale_all_dim", 0.0)?);
                 let default = if m != 0.0 && m_all != 0.0 { mscale(factor, m) / mscale(factor, m_all) } else { mscale(factor, 1.0) };

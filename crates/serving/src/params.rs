@@ -140,14 +140,18 @@ impl Request {
         if self.n == 0 || self.n > MAX_CHOICES {
             return Err(InvalidParam::new("n", format!("expected 1 to {MAX_CHOICES}, found {}", self.n)));
         }
-        let known = |param: &'static str, ids: &mut dyn Iterator<Item = u32>| match ids.find(|id| *id as usize >= vocab_size) {
-            Some(id) => Err(InvalidParam::new(param, format!("token id {id} is beyond the vocabulary of {vocab_size}"))),
-            None => Ok(()),
-        };
-        known("prompt", &mut self.prompt.iter().copied())?;
-        known("logit_bias", &mut self.params.logit_bias.iter().map(|(id, _)| *id))?;
-        known("allowed_token_ids", &mut self.params.allowed_token_ids.iter().flatten().copied())?;
-        known("stop_token_ids", &mut self.params.stop_token_ids.iter().copied())
+        let SamplingParams { logit_bias, allowed_token_ids, stop_token_ids, .. } = &self.params;
+        known("prompt", self.prompt.iter().copied(), vocab_size)?;
+        known("logit_bias", logit_bias.iter().map(|(id, _)| *id), vocab_size)?;
+        known("allowed_token_ids", allowed_token_ids.iter().flatten().copied(), vocab_size)?;
+        known("stop_token_ids", stop_token_ids.iter().copied(), vocab_size)
+    }
+}
+
+fn known(param: &'static str, mut ids: impl Iterator<Item = u32>, vocab_size: usize) -> Result<(), InvalidParam> {
+    match ids.find(|id| *id as usize >= vocab_size) {
+        Some(id) => Err(InvalidParam::new(param, format!("token id {id} is beyond the vocabulary of {vocab_size}"))),
+        None => Ok(()),
     }
 }
 

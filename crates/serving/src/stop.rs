@@ -55,3 +55,71 @@ impl StopMatcher {
         std::mem::take(&mut self.held)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Looks at every prefix of the whole text for one that ends with a stop string.
+    fn naive(text: &str, stops: &[String], include: bool) -> (String, Option<usize>) {
+        let ends = (0..=text.len()).filter(|end| text.is_char_boundary(*end));
+        for end in ends {
+            let ending = stops.iter().enumerate().filter(|(_, s)| !s.is_empty() && text[..end].ends_with(s.as_str()));
+            if let Some((index, stop)) = ending.max_by_key(|(i, s)| (s.len(), std::cmp::Reverse(*i))) {
+                return (text[..if include { end } else { end - stop.len() }].to_string(), Some(index));
+            }
+        }
+        (text.to_string(), None)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn pieces_give_what_the_whole_text_gives_and_nothing_too_early(
+            pieces in prop::collection::vec("[abé]{0,4}", 0..8),
+            stops in prop::collection::vec("[abé]{0,4}", 0..4),
+            include: bool,
+        ) {
+            let text = pieces.concat();
+            let (expected, index) = naive(&text, &stops, include);
+            let mut matcher = StopMatcher::new(stops.clone(), include);
+            let (mut out, mut matched) = (String::new(), None);
+            for piece in &pieces {
+                let stopped = matcher.push(piece);
+                out += &stopped.text;
+                matched = matched.or(stopped.matched);
+                prop_assert!(expected.starts_with(&out), "gave out {out:?} of {expected:?}");
+            }
+            out += &matcher.finish();
+            prop_assert_eq!(out, expected);
+            prop_assert_eq!(matched, index);
+        }
+
+        #[test]
+        fn no_more_is_held_back_than_could_become_a_stop_string(pieces in prop::collection::vec("[ab]{0,4}", 0..8), stop in "[ab]{1,4}") {
+            let mut matcher = StopMatcher::new(vec![stop.clone()], false);
+            let (mut out, mut seen) = (String::new(), String::new());
+            for piece in &pieces {
+                seen += piece;
+                let stopped = matcher.push(piece);
+                out += &stopped.text;
+                if stopped.matched.is_some() {
+                    break;
+                }
+                prop_assert!(stop.starts_with(&seen[out.len()..]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_stop_string_across_pieces_never_leaks() {
+        let mut matcher = StopMatcher::new(vec!["\n\nHuman:".into()], false);
+        assert_eq!(matcher.push("Yes.\n"), Stopped { text: "Yes.".into(), matched: None });
+        assert_eq!(matcher.push("\nHum"), Stopped::default());
+        assert_eq!(matcher.push("an: and"), Stopped { text: String::new(), matched: Some(0) });
+        assert_eq!(matcher.push("more"), Stopped::default());
+        assert_eq!(matcher.finish(), "");
+    }
+}

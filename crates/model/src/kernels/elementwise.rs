@@ -40,10 +40,7 @@ fn softmax_avx2(row: &mut [f32]) {
 
 #[inline(always)]
 fn softmax_body(row: &mut [f32]) {
-    let mut max = f32::NEG_INFINITY;
-    for v in row.iter() {
-        max = max.max(*v);
-    }
+    let max = maximum(row);
     let mut lanes = [0f32; 8];
     let mut chunks = row.chunks_exact_mut(8);
     for chunk in &mut chunks {
@@ -61,6 +58,51 @@ fn softmax_body(row: &mut [f32]) {
     for v in row.iter_mut() {
         *v *= inverse;
     }
+}
+
+/// ln(sum(exp(row))), in eight lanes like [`softmax`].
+pub(crate) fn log_sum_exp(row: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if super::dot::has_avx2() {
+        // SAFETY: the features were just checked
+        return unsafe { log_sum_exp_avx2(row) };
+    }
+    log_sum_exp_body(row)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn log_sum_exp_avx2(row: &[f32]) -> f32 {
+    log_sum_exp_body(row)
+}
+
+#[inline(always)]
+fn log_sum_exp_body(row: &[f32]) -> f32 {
+    let max = maximum(row);
+    let mut lanes = [0f32; 8];
+    let chunks = row.chunks_exact(8);
+    let mut sum: f32 = chunks.remainder().iter().map(|v| exp(*v - max)).sum();
+    for chunk in chunks {
+        for lane in 0..8 {
+            lanes[lane] += exp(chunk[lane] - max);
+        }
+    }
+    sum += ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    max + sum.ln()
+}
+
+/// The largest element; NaN only if all are.
+#[inline(always)]
+fn maximum(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let chunks = row.chunks_exact(8);
+    let rest = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    for chunk in chunks {
+        for lane in 0..8 {
+            lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
+        }
+    }
+    lanes.iter().fold(rest, |m, v| m.max(*v))
 }
 
 /// silu(gate) * up on the CPU, one pass; both [rows, ffn].

@@ -42,3 +42,8 @@ impl SharedOut {
         self.0
     }
 }
+
+/// ln(sum(exp(values))), exact to f32, its order of sums fixed by the row's length.
+pub fn log_sum_exp(values: &[f32]) -> f32 {
+    elementwise::log_sum_exp(values)
+}

@@ -1,0 +1,125 @@
+//! What a chunk of text is about, as a vector: the model's own hidden states, or a sentence-transformers BERT.
+
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::bert::{BertModel, Config as BertConfig};
+use evop_model::{Decoder, NoCache, Span};
+use std::path::Path;
+use tokenizers::Tokenizer;
+
+/// Word pieces or tokens of a chunk that are looked at (BERT's own limit).
+const MAX_TOKENS: usize = 512;
+
+/// Turns chunks of text into vectors.
+pub trait Embedder {
+    /// What it is, for reports.
+    fn name(&self) -> String;
+
+    /// One vector a chunk, all of one length.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the device fails or a text can't be tokenised.
+    fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>>;
+}
+
+/// Mean over tokens of the residual stream in the middle of the model that is pruned: needs no second model.
+#[derive(Debug)]
+pub struct HiddenStates<'a> {
+    /// The dense model.
+    pub decoder: &'a Decoder,
+    /// Its tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Tokens of a chunk that are looked at.
+    pub max_tokens: usize,
+}
+
+impl Embedder for HiddenStates<'_> {
+    fn name(&self) -> String {
+        format!("hidden states after layer {}, mean of the first {} tokens", self.decoder.config().num_layers() / 2, self.max_tokens)
+    }
+
+    fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
+        let middle = self.decoder.config().num_layers() / 2 * 2;
+        let limit = self.max_tokens.min(self.decoder.config().max_position_embeddings);
+        let mut vectors = Vec::with_capacity(chunks.len());
+        for (done, chunk) in chunks.iter().enumerate() {
+            let tokens = encode(self.tokenizer, chunk, limit)?;
+            let batch = self.decoder.batch(&[Span::prompt(tokens.len())])?;
+            let hidden = self.decoder.embed(&tokens, &batch)?;
+            let hidden = self.decoder.device().with_context(|| self.decoder.forward_range(hidden, 0..middle, &batch, &mut NoCache))?;
+            vectors.push(hidden.to_dtype(DType::F32)?.mean(0)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect());
+            progress(done + 1);
+        }
+        Ok(vectors)
+    }
+}
+
+fn encode(tokenizer: &Tokenizer, text: &str, limit: usize) -> Result<Vec<u32>> {
+    let encoding = tokenizer.encode_fast(text, false).map_err(|e| Error::Corpus(format!("a chunk can't be tokenised: {e}")))?;
+    let ids = encoding.get_ids();
+    Ok(ids[..ids.len().min(limit)].to_vec())
+}
+
+/// A BERT encoder with mean pooling over its word pieces, from a sentence-transformers directory.
+pub struct SentenceTransformer {
+    model: BertModel,
+    tokenizer: Tokenizer,
+    name: String,
+    device: Device,
+    max_tokens: usize,
+}
+
+impl std::fmt::Debug for SentenceTransformer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SentenceTransformer({})", self.name)
+    }
+}
+
+impl SentenceTransformer {
+    /// Opens a directory with `config.json`, `tokenizer.json` and `model.safetensors` of a BERT.
+    ///
+    /// # Errors
+    /// [`Error::Option`] that says what is missing or unreadable.
+    pub fn open(directory: &Path, device: &Device) -> Result<Self> {
+        let wrong = |message: String| Error::option("--embedder", format!("{}: {message}", directory.display()));
+        let read = |name: &str| std::fs::read_to_string(directory.join(name)).map_err(|e| wrong(format!("{name}: {e}")));
+        let json: serde_json::Value = serde_json::from_str(&read("config.json")?).map_err(|e| wrong(format!("config.json: {e}")))?;
+        if json["model_type"] != "bert" {
+            return Err(wrong(format!("config.json: expected `model_type` bert, found {}", json["model_type"])));
+        }
+        let config: BertConfig = serde_json::from_value(json).map_err(|e| wrong(format!("config.json: {e}")))?;
+        let mut tokenizer: Tokenizer = read("tokenizer.json")?.parse().map_err(|e| wrong(format!("tokenizer.json: {e}")))?;
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| wrong(format!("tokenizer.json: {e}")))?;
+        let weights = std::fs::read(directory.join("model.safetensors")).map_err(|e| wrong(format!("model.safetensors: {e}")))?;
+        let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, device).map_err(|e| wrong(format!("model.safetensors: {e}")))?;
+        let model = BertModel::load(weights, &config).map_err(|e| wrong(format!("model.safetensors: {e}")))?;
+        let max_tokens = MAX_TOKENS.min(config.max_position_embeddings);
+        Ok(Self { model, tokenizer, name: directory.display().to_string(), device: device.clone(), max_tokens })
+    }
+}
+
+impl Embedder for SentenceTransformer {
+    fn name(&self) -> String {
+        format!("BERT {}, mean of the first {} word pieces", self.name, self.max_tokens)
+    }
+
+    fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
+        let mut vectors = Vec::with_capacity(chunks.len());
+        for (done, chunk) in chunks.iter().enumerate() {
+            let encoding = self.tokenizer.encode_fast(*chunk, true).map_err(|e| Error::Corpus(format!("a chunk can't be tokenised: {e}")))?;
+            let ids = encoding.get_ids();
+            let kept = ids.len().min(self.max_tokens);
+            let mut ids = ids[..kept].to_vec();
+            if let (Some(last), Some(end)) = (ids.last_mut(), encoding.get_ids().last()) {
+                *last = *end; // a cut text still ends with [SEP], as the reference truncates
+            }
+            let ids = Tensor::new(ids, &self.device)?.unsqueeze(0)?;
+            let hidden = self.device.with_context(|| self.model.forward(&ids, &ids.zeros_like()?, None))?;
+            vectors.push(hidden.squeeze(0)?.mean(0)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect());
+            progress(done + 1);
+        }
+        Ok(vectors)
+    }
+}

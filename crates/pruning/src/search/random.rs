@@ -1,0 +1,27 @@
+//! The control: the best of as many random patterns as the search would have evaluated.
+
+use super::{Best, Found, Progress, SearchSpace, round_rng};
+use crate::evaluate::Evaluator;
+use crate::Result;
+
+/// Patterns between two records of progress.
+const CHUNK: usize = 50;
+
+pub(super) fn search(
+    evaluator: &mut Evaluator<'_>,
+    space: &SearchSpace,
+    evaluations: usize,
+    seed: u64,
+    on_round: &mut dyn FnMut(Progress) -> Result<()>,
+) -> Result<Found> {
+    let mut best = Best::new();
+    let rounds = evaluations.div_ceil(CHUNK);
+    for round in 0..rounds {
+        let mut rng = round_rng(seed, round);
+        let patterns: Vec<_> = (0..CHUNK.min(evaluations - round * CHUNK)).map(|_| space.pattern(&space.random(&mut rng))).collect();
+        let fitness = evaluator.evaluate(&patterns)?;
+        best.offer(&patterns, &fitness);
+        best.end_round(rounds, evaluator, on_round)?;
+    }
+    best.finish()
+}

@@ -1,0 +1,40 @@
+//! ShortGPT (arXiv 2403.03853): block influence 1 - E[cos(x_l, x_{l+1})] of every layer, one forward pass, the lowest go.
+
+use super::{Best, Found, Progress, SearchSpace};
+use crate::evaluate::Evaluator;
+use crate::{Error, Result};
+use candle_core::{D, DType, Tensor};
+
+pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
+    let layers = evaluator.decoder().config().num_layers();
+    if space.units() != layers {
+        return Err(Error::option("--space", "shortgpt ranks whole layers of a model that has them all: expected layer".to_string()));
+    }
+    let mut cosines = vec![(0.0, 0usize); layers];
+    evaluator.visit_layers(|layer, before, after| {
+        let (sum, tokens) = cosine_sum(before, after)?;
+        cosines[layer].0 += sum;
+        cosines[layer].1 += tokens;
+        Ok(())
+    })?;
+    let influence: Vec<f64> = cosines.iter().map(|(sum, tokens)| 1.0 - sum / *tokens as f64).collect();
+    let mut order: Vec<usize> = (0..layers).collect();
+    order.sort_by(|a, b| influence[*a].total_cmp(&influence[*b]));
+    let mut skipped = vec![false; layers];
+    order[..space.remove].iter().for_each(|l| skipped[*l] = true);
+    let patterns = [space.pattern(&skipped)];
+    let fitness = evaluator.evaluate(&patterns)?;
+    let mut best = Best::new();
+    best.offer(&patterns, &fitness);
+    best.end_round(1, evaluator, on_round)?;
+    best.finish()
+}
+
+/// Sum over rows of the cosine between two [tokens, hidden], and the number of rows.
+fn cosine_sum(before: &Tensor, after: &Tensor) -> Result<(f64, usize)> {
+    let (a, b) = (before.to_dtype(DType::F32)?, after.to_dtype(DType::F32)?);
+    let dot = (&a * &b)?.sum(D::Minus1)?.to_vec1::<f32>()?;
+    let (na, nb) = (a.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?, b.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?);
+    let cosine = |i: usize| f64::from(dot[i]) / (f64::from(na[i]).sqrt() * f64::from(nb[i]).sqrt()).max(1e-12);
+    Ok(((0..dot.len()).map(cosine).sum(), dot.len()))
+}

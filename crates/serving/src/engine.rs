@@ -1,0 +1,276 @@
+//! The engine's thread: `loop { admit; schedule; forward; sample; emit }`.
+
+use crate::error::Error;
+use crate::handle::{Command, EngineHandle};
+use crate::model_runner::ModelRunner;
+use crate::output::FinishReason;
+use crate::scheduler::{Limits, Scheduler, Withdrawn};
+use crate::sequence::Sequence;
+use crate::stats::Shared;
+use evop_model::Decoder;
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::watch;
+
+/// How often an idle engine shows that it is alive.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Key/value memory that [`EngineConfig::for_decoder`] plans with at most, unless one full context needs more.
+const DEFAULT_KV_BUDGET_BYTES: usize = 4 << 30;
+
+/// The engine's limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Sequences (choices) in a step.
+    pub max_concurrent: usize,
+    /// Requests that may wait; one more is refused.
+    pub max_queue: usize,
+    /// Tokens of one step: longer prompts are read in chunks. At least `max_concurrent`.
+    pub max_batch_tokens: usize,
+    /// Tokens of prompt and answer together.
+    pub max_model_len: usize,
+    /// Bytes of key/value cache. A sequence reserves what its prompt and `max_tokens` need, or waits.
+    pub kv_budget_bytes: usize,
+}
+
+impl EngineConfig {
+    /// 32 sequences, 256 waiting, 512 tokens a step, the model's whole context, and memory for all of that up to 4 GiB.
+    pub fn for_decoder(decoder: &Decoder) -> Self {
+        let max_model_len = decoder.config().max_position_embeddings;
+        let max_concurrent = 32;
+        let one = max_model_len * kv_bytes_per_token(decoder);
+        let kv_budget_bytes = (max_concurrent * one).min(DEFAULT_KV_BUDGET_BYTES).max(one);
+        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, max_model_len, kv_budget_bytes }
+    }
+
+    fn validate(&self) -> Result<(), Error> {
+        let Self { max_concurrent, max_batch_tokens, max_model_len, .. } = *self;
+        if max_concurrent == 0 || max_model_len == 0 {
+            return Err(Error::Config("max_concurrent and max_model_len: expected at least 1, found 0".into()));
+        }
+        if max_batch_tokens < max_concurrent {
+            return Err(Error::Config(format!(
+                "max_batch_tokens: expected at least max_concurrent ({max_concurrent}), since every running sequence takes a token a step; found {max_batch_tokens}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn kv_bytes_per_token(decoder: &Decoder) -> usize {
+    decoder.config().kv_bytes_per_token(decoder.dtype().size_in_bytes())
+}
+
+/// What the engine's thread owns.
+#[derive(Debug)]
+pub struct Engine {
+    runner: ModelRunner,
+    scheduler: Scheduler,
+    eos_token_ids: Vec<u32>,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+    /// When a place became free, or work came to an idle engine.
+    last_finish: Instant,
+    _ended: Ended,
+}
+
+/// Tells the handles that the thread has ended, however it did. Dropped last.
+#[derive(Debug)]
+struct Ended {
+    shared: Arc<Shared>,
+    _news: watch::Sender<()>,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.shared.alive.store(false, SeqCst);
+    }
+}
+
+impl Engine {
+    /// Starts the engine's thread; it owns the decoder until it ends.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for limits that contradict each other, [`Error::Thread`] if there can't be a thread.
+    pub fn start(decoder: Decoder, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
+        config.validate()?;
+        Self::spawn(ModelRunner::new(decoder), eos_token_ids, config)
+    }
+
+    fn spawn(runner: ModelRunner, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
+        let (vocab_size, kv_bytes_per_token) = (runner.decoder().config().vocab_size, kv_bytes_per_token(runner.decoder()));
+        let EngineConfig { max_concurrent, max_batch_tokens, kv_budget_bytes, .. } = config;
+        let scheduler = Scheduler::new(Limits { max_concurrent, max_batch_tokens, kv_budget_bytes, kv_bytes_per_token });
+        let shared = Arc::new(Shared::new(kv_budget_bytes));
+        let (sender, commands) = mpsc::channel();
+        let (news, ended) = watch::channel(());
+        let handle = EngineHandle::new(sender, Arc::clone(&shared), config, vocab_size, kv_bytes_per_token, ended);
+        let _ended = Ended { shared: Arc::clone(&shared), _news: news };
+        let engine = Self { runner, scheduler, eos_token_ids, commands, shared, last_finish: Instant::now(), _ended };
+        std::thread::Builder::new().name("evop-engine".into()).spawn(move || engine.run())?;
+        Ok(handle)
+    }
+
+    fn run(mut self) {
+        let device = self.runner.device().clone();
+        while self.receive() {
+            device.with_context(|| self.step());
+        }
+        if self.shared.stopping.load(SeqCst) {
+            self.cancel_everything();
+        }
+        tracing::debug!("the engine's thread ends");
+    }
+
+    /// Takes in new requests, waiting for one if there is nothing to do. False when the engine should end.
+    fn receive(&mut self) -> bool {
+        loop {
+            self.shared.heartbeat();
+            let ending = self.shared.draining.load(SeqCst);
+            let received = if self.scheduler.has_work() || ending {
+                self.commands.try_recv()
+            } else {
+                match self.commands.recv_timeout(HEARTBEAT) {
+                    Ok(command) => {
+                        self.last_finish = Instant::now();
+                        Ok(command)
+                    }
+                    Err(RecvTimeoutError::Timeout) => Err(TryRecvError::Empty),
+                    Err(RecvTimeoutError::Disconnected) => Err(TryRecvError::Disconnected),
+                }
+            };
+            if self.shared.stopping.load(SeqCst) {
+                return false;
+            }
+            match received {
+                Ok(Command::Submit(group, output)) => self.scheduler.enqueue(group, output),
+                Ok(Command::Wake) => {}
+                Err(_) if self.scheduler.has_work() => return true,
+                Err(TryRecvError::Disconnected) => return false,
+                Err(TryRecvError::Empty) if ending => return false,
+                Err(TryRecvError::Empty) => {}
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        self.drop_abandoned();
+        let (scheduler, runner) = (&mut self.scheduler, &self.runner);
+        let stopped = scheduler.admit(&self.eos_token_ids, |capacity| runner.new_cache(capacity));
+        self.finish_withdrawn(&stopped, &FinishReason::Stop);
+        self.publish();
+        if self.scheduler.schedule() == 0 {
+            return;
+        }
+        self.compute();
+        self.emit();
+    }
+
+    /// Ends what nobody listens to any more, and what its caller stopped.
+    fn drop_abandoned(&mut self) {
+        let gone = self.scheduler.withdraw(UnboundedSender::is_closed);
+        self.finish_withdrawn(&gone, &FinishReason::Cancelled);
+        for sequence in &mut self.scheduler.running {
+            // stopped first: a caller that found its stop string may then drop the stream
+            if sequence.is_stopped() {
+                sequence.finished = Some(FinishReason::Stop);
+            } else if sequence.is_abandoned() {
+                sequence.finished = Some(FinishReason::Cancelled);
+            }
+        }
+        self.finish();
+    }
+
+    /// The forward pass and the sampling. An error or a panic ends the sequences that were in it, and only those.
+    fn compute(&mut self) {
+        let (runner, running) = (&self.runner, &mut self.scheduler.running);
+        let message = match catch_unwind(AssertUnwindSafe(|| runner.step(running))) {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => format!("panic: {}", panic_message(panic.as_ref())),
+        };
+        for sequence in running.iter_mut().filter(|s| s.scheduled > 0) {
+            tracing::error!(request_id = sequence.group.request_id, index = sequence.index, %message, "a step failed");
+            sequence.finished = Some(FinishReason::Error(format!("the model failed: {message}")));
+        }
+    }
+
+    /// Sends what the step made.
+    fn emit(&mut self) {
+        self.shared.steps.fetch_add(1, Relaxed);
+        let unbroken = self.scheduler.running.iter_mut().filter(|s| s.scheduled > 0 && s.finished.is_none());
+        for sequence in unbroken {
+            let advanced = sequence.advance(&self.eos_token_ids);
+            self.shared.prompt_tokens.fetch_add(advanced.prompt_tokens as u64, Relaxed);
+            self.shared.generation_tokens.fetch_add(advanced.generated_tokens as u64, Relaxed);
+        }
+        self.finish();
+    }
+
+    /// Takes the finished sequences out; by the time that a client reads of the end, the memory counts as free.
+    fn finish(&mut self) {
+        let finished = self.scheduler.take_finished();
+        if finished.is_empty() {
+            return;
+        }
+        self.publish();
+        self.shared.observe_finish_interval(self.last_finish.elapsed() / finished.len() as u32);
+        self.last_finish = Instant::now();
+        for reason in finished.iter().filter_map(|s| s.finished.as_ref()) {
+            self.count(reason, 1);
+        }
+        finished.iter().for_each(Sequence::send_finished);
+    }
+
+    fn finish_withdrawn(&self, withdrawn: &[Withdrawn], reason: &FinishReason) {
+        for request in withdrawn {
+            self.count(reason, request.choices.len());
+            request.send_finished(reason);
+        }
+    }
+
+    fn count(&self, reason: &FinishReason, choices: usize) {
+        self.shared.count_finished(|finished| {
+            let counter = match reason {
+                FinishReason::Stop | FinishReason::StopToken(_) => &mut finished.stop,
+                FinishReason::Length => &mut finished.length,
+                FinishReason::Cancelled => &mut finished.cancelled,
+                FinishReason::Error(_) => &mut finished.error,
+            };
+            *counter += choices as u64;
+        });
+    }
+
+    /// Brings the shared counters up to date.
+    fn publish(&mut self) {
+        let Shared { running, waiting, kv_bytes_used, .. } = self.shared.as_ref();
+        running.store(self.scheduler.running.len(), Relaxed);
+        kv_bytes_used.store(self.scheduler.kv_bytes_used(), Relaxed);
+        // after `running`, so that a request that passes from one to the other is never in neither
+        waiting.fetch_sub(self.scheduler.take_left_queue(), Relaxed);
+    }
+
+    /// The end by [`EngineHandle::stop`].
+    fn cancel_everything(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(group, output) = command {
+                self.scheduler.enqueue(group, output);
+            }
+        }
+        let waiting = self.scheduler.withdraw(|_| true);
+        self.finish_withdrawn(&waiting, &FinishReason::Cancelled);
+        for sequence in &mut self.scheduler.running {
+            sequence.finished = Some(FinishReason::Cancelled);
+        }
+        self.finish();
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}

@@ -1,0 +1,215 @@
+//! What `evop serve` can be told: one struct, every flag also an environment variable.
+
+use clap::{Args, ValueEnum};
+use evop_model::DType;
+use evop_model::device::DeviceChoice;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Options of `evop serve`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeConfig {
+    /// A checkpoint directory, a .gguf file, or a hub id (org/name); without it the small bundled model is served.
+    #[arg(long, env = "EVOP_MODEL", value_name = "MODEL", help_heading = "Model")]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub id.
+    #[arg(long, env = "EVOP_REVISION", value_name = "REVISION", help_heading = "Model")]
+    pub revision: Option<String>,
+    /// Names that clients ask for; give several, or one list with commas. By default the model's own name.
+    #[arg(long, env = "EVOP_SERVED_MODEL_NAME", value_name = "NAME", value_delimiter = ',', num_args = 1.., help_heading = "Model")]
+    pub served_model_name: Vec<String>,
+    /// Where to compute: cpu, cuda, cuda:N or auto.
+    #[arg(long, env = "EVOP_DEVICE", value_name = "DEVICE", default_value_t = DeviceChoice::Auto, help_heading = "Model")]
+    pub device: DeviceChoice,
+    /// What to compute in.
+    #[arg(long, env = "EVOP_DTYPE", value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Model")]
+    pub dtype: DTypeChoice,
+    /// Longest context (prompt and answer together) in tokens; by default the model's own.
+    #[arg(long, env = "EVOP_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
+    pub max_model_len: Option<usize>,
+
+    /// Address of the public API.
+    #[arg(long, env = "EVOP_HOST", value_name = "ADDRESS", default_value = "127.0.0.1", help_heading = "Network")]
+    pub host: String,
+    /// Port of the public API; 0 takes a free one.
+    #[arg(long, env = "EVOP_PORT", value_name = "PORT", default_value_t = 8000, help_heading = "Network")]
+    pub port: u16,
+    /// Address and port of the admin API, or "off".
+    #[arg(long, env = "EVOP_ADMIN_ADDR", value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8001", help_heading = "Network")]
+    pub admin_addr: String,
+    /// Largest request body.
+    #[arg(long, env = "EVOP_MAX_BODY_SIZE", value_name = "SIZE", default_value = "32MiB", help_heading = "Network")]
+    pub max_body_size: ByteSize,
+
+    /// File with the keys that clients may use, one a line; without any key the API is open.
+    #[arg(long, env = "EVOP_API_KEYS_FILE", value_name = "FILE", help_heading = "Keys")]
+    pub api_keys_file: Option<PathBuf>,
+    /// Keys as a list with commas. Other users of the machine can see a command line: prefer the variable or the file.
+    #[arg(long, env = "EVOP_API_KEYS", value_name = "KEYS", hide_env_values = true, value_delimiter = ',', help_heading = "Keys")]
+    pub api_keys: Vec<Secret>,
+    /// File with the key of the admin API.
+    #[arg(long, env = "EVOP_ADMIN_KEY_FILE", value_name = "FILE", help_heading = "Keys")]
+    pub admin_key_file: Option<PathBuf>,
+    /// The key of the admin API. Other users of the machine can see a command line: prefer the variable or the file.
+    #[arg(long, env = "EVOP_ADMIN_KEY", value_name = "KEY", hide_env_values = true, help_heading = "Keys")]
+    pub admin_key: Option<Secret>,
+
+    /// Where prune jobs and their models are kept. [default: ~/.local/share/evop]
+    #[arg(long, env = "EVOP_DATA_DIR", value_name = "DIRECTORY", help_heading = "Operation")]
+    pub data_dir: Option<PathBuf>,
+    /// Log filter, for example "info" or "info,evop_serving=debug". Logs are JSON when stderr is not a terminal.
+    #[arg(long, env = "EVOP_LOG", value_name = "FILTER", default_value = "info", help_heading = "Operation")]
+    pub log: String,
+
+    /// Requests that may wait before the server answers 429.
+    #[arg(long, env = "EVOP_MAX_QUEUE", value_name = "N", default_value_t = 256, help_heading = "Limits")]
+    pub max_queue: usize,
+    /// Sequences that are computed together.
+    #[arg(long, env = "EVOP_MAX_CONCURRENT", value_name = "N", default_value_t = 32, value_parser = at_least_one, help_heading = "Limits")]
+    pub max_concurrent: usize,
+    /// Tokens of one forward pass. [default: the engine's own]
+    #[arg(long, env = "EVOP_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = at_least_one, help_heading = "Limits")]
+    pub max_batch_tokens: Option<usize>,
+    /// Memory for keys and values, for example 2GiB. [default: what the concurrent sequences need, at most a quarter of what is free]
+    #[arg(long, env = "EVOP_KV_MEMORY", value_name = "SIZE", help_heading = "Limits")]
+    pub kv_memory: Option<ByteSize>,
+    /// Seconds that one request may take; 0 = no limit.
+    #[arg(long, env = "EVOP_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 300, help_heading = "Limits")]
+    pub request_timeout: u64,
+    /// Seconds that running requests get to finish when the server is asked to stop.
+    #[arg(long, env = "EVOP_SHUTDOWN_TIMEOUT", value_name = "SECONDS", default_value_t = 30, help_heading = "Limits")]
+    pub shutdown_timeout: u64,
+}
+
+impl ServeConfig {
+    /// Longest that a request may take.
+    pub fn request_timeout(&self) -> Option<Duration> {
+        (self.request_timeout > 0).then(|| Duration::from_secs(self.request_timeout))
+    }
+
+    /// The data directory that was given, or the platform's place for one.
+    pub fn data_dir(&self) -> PathBuf {
+        let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let by_default = || match (variable("XDG_DATA_HOME"), variable("HOME")) {
+            (Some(data), _) => data.join("evop"),
+            (None, Some(home)) => home.join(".local/share/evop"),
+            (None, None) => PathBuf::from("evop-data"),
+        };
+        self.data_dir.clone().unwrap_or_else(by_default)
+    }
+}
+
+/// What `--dtype` may say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DTypeChoice {
+    /// f32 on the CPU, bf16 on CUDA.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit brain floats (CUDA).
+    Bf16,
+}
+
+impl DTypeChoice {
+    /// The number type, if one was asked for.
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(DType::F32),
+            Self::Bf16 => Some(DType::BF16),
+        }
+    }
+}
+
+/// A number of bytes as people write it: `2GiB`, `1.5GB`, `512m`, `1000000`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteSize(pub usize);
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("expected a size such as 2GiB, 512MB or 1000000, found {text:?}");
+        let text = text.trim();
+        let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let number: f64 = number.parse().map_err(|_| wrong())?;
+        let factor = match unit.trim().to_ascii_lowercase().as_str() {
+            "" | "b" => 1u64,
+            "k" | "kb" => 1_000,
+            "m" | "mb" => 1_000_000,
+            "g" | "gb" => 1_000_000_000,
+            "t" | "tb" => 1_000_000_000_000,
+            "ki" | "kib" => 1 << 10,
+            "mi" | "mib" => 1 << 20,
+            "gi" | "gib" => 1 << 30,
+            "ti" | "tib" => 1 << 40,
+            _ => return Err(wrong()),
+        };
+        let bytes = number * factor as f64;
+        if bytes < 1.0 { Err(wrong()) } else { Ok(Self(bytes as usize)) }
+    }
+}
+
+/// Text that must not be printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Self(text.to_string())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("expected a whole number of at least 1, found {text:?}"))
+}
+
+/// `EVOP_X=""` is what a template leaves that has no value to put there: it means "not given".
+///
+/// Must run before any other thread exists.
+pub fn forget_empty_variables() {
+    let empty: Vec<_> = std::env::vars_os().filter(|(name, value)| value.is_empty() && name.to_string_lossy().starts_with("EVOP_")).collect();
+    for (name, _) in empty {
+        // SAFETY: called at the start of main, before any other thread exists
+        unsafe { std::env::remove_var(name) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        let bytes = |text: &str| text.parse::<ByteSize>().map(|s| s.0);
+        assert_eq!(bytes("2GiB"), Ok(2 << 30));
+        assert_eq!(bytes("2Gi"), Ok(2 << 30));
+        assert_eq!(bytes("1.5 GB"), Ok(1_500_000_000));
+        assert_eq!(bytes("512m"), Ok(512_000_000));
+        assert_eq!(bytes("4096"), Ok(4096));
+        for wrong in ["", "GiB", "2 pounds", "-1", "0", "1.2.3"] {
+            assert!(bytes(wrong).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_secret_does_not_print_itself() {
+        assert_eq!(format!("{:?}", Secret::from("sk-1234")), "***");
+    }
+}

@@ -1,0 +1,118 @@
+//! One choice as it grows: tokens to text, stop strings, and how long it all took.
+
+use crate::metrics::{FinishedChoice, Metrics, SinceToken, finished_reason};
+use crate::openai::generation::{Finish, Token};
+use crate::openai::sampling::AnswerOptions;
+use crate::served::Served;
+use evop_serving::{Detokenizer, FinishReason, StopMatcher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The state of one choice.
+#[derive(Debug)]
+pub struct Choice {
+    detokenizer: Detokenizer,
+    stop: StopMatcher,
+    stops: Vec<String>,
+    completion_tokens: usize,
+    /// Nothing more comes of it.
+    done: bool,
+    arrived: Instant,
+    first_token: Option<Duration>,
+    last_token: Option<Instant>,
+}
+
+/// What a token, or the end, brought.
+#[derive(Debug, Default)]
+pub struct Progress {
+    /// Text that is certain now.
+    pub text: String,
+    /// Tokens that are part of the answer.
+    pub tokens: Vec<Token>,
+    /// It has ended.
+    pub finish: Option<Finish>,
+}
+
+impl Choice {
+    /// Nothing yet.
+    pub fn new(served: &Served, answer: &AnswerOptions, arrived: Instant) -> Self {
+        Self {
+            detokenizer: Detokenizer::new(Arc::clone(&served.tokenizer), answer.skip_special_tokens),
+            stop: StopMatcher::new(answer.stop.clone(), answer.include_stop),
+            stops: answer.stop.clone(),
+            completion_tokens: 0,
+            done: false,
+            arrived,
+            first_token: None,
+            last_token: None,
+        }
+    }
+
+    /// Tokens that are part of the answer so far, the one that ended it included.
+    pub fn completion_tokens(&self) -> usize {
+        self.completion_tokens
+    }
+
+    /// Takes a token. What arrives after a stop string is swallowed.
+    ///
+    /// # Errors
+    /// What the tokenizer says.
+    pub fn token(&mut self, token: Token, is_stop: bool, metrics: &Metrics, first_of_request: bool) -> Result<Progress, String> {
+        if self.done {
+            return Ok(Progress::default());
+        }
+        self.note_time(metrics, first_of_request);
+        self.completion_tokens += 1;
+        let piece = if is_stop { String::new() } else { self.detokenizer.push(token.id).map_err(|e| e.to_string())? };
+        let stopped = self.stop.push(&piece);
+        let finish = stopped.matched.and_then(|i| self.stops.get(i)).map(|stop| Finish::StopString(stop.clone()));
+        if finish.is_some() {
+            self.finish("stop", None, metrics);
+        }
+        Ok(Progress { text: stopped.text, tokens: vec![token], finish })
+    }
+
+    /// The engine has ended it: whatever was still held back comes out.
+    ///
+    /// # Errors
+    /// What the tokenizer says.
+    pub fn ended(&mut self, reason: &FinishReason, queued: Duration, metrics: &Metrics) -> Result<Progress, String> {
+        if self.done {
+            return Ok(Progress::default());
+        }
+        let rest = self.detokenizer.finish().map_err(|e| e.to_string())?;
+        let stopped = self.stop.push(&rest);
+        let finish = match (stopped.matched.and_then(|i| self.stops.get(i)), reason) {
+            (Some(stop), _) => Finish::StopString(stop.clone()),
+            (None, FinishReason::Length) => Finish::Length,
+            (None, FinishReason::StopToken(id)) => Finish::StopToken(*id),
+            (None, _) => Finish::Stop,
+        };
+        self.finish(finished_reason(reason), Some(queued), metrics);
+        Ok(Progress { text: stopped.text + &self.stop.finish(), tokens: Vec::new(), finish: Some(finish) })
+    }
+
+    /// It will not end by itself any more.
+    pub fn failed(&mut self, reason: &'static str, metrics: &Metrics) {
+        if !self.done {
+            self.finish(reason, None, metrics);
+        }
+    }
+
+    fn finish(&mut self, reason: &'static str, queued: Option<Duration>, metrics: &Metrics) {
+        self.done = true;
+        let (tokens, total, first_token) = (self.completion_tokens, self.arrived.elapsed(), self.first_token);
+        metrics.finished(&FinishedChoice { reason, tokens, total, first_token, queued });
+    }
+
+    fn note_time(&mut self, metrics: &Metrics, first_of_request: bool) {
+        let now = Instant::now();
+        metrics.token(match self.last_token {
+            Some(last) => SinceToken::PreviousToken(now - last),
+            None if first_of_request => SinceToken::RequestArrived(now - self.arrived),
+            None => SinceToken::Unknown,
+        });
+        self.first_token.get_or_insert(now - self.arrived);
+        self.last_token = Some(now);
+    }
+}

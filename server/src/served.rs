@@ -1,0 +1,80 @@
+//! What is served at one moment: a model, its engine, and the text on both ends.
+
+use crate::openai::token_text::TokenText;
+use evop_model::{Config, GenerationConfig, Tokenizer};
+use evop_serving::{ChatRenderer, EngineHandle};
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+/// One loaded model. Requests hold it while they run; the engine ends, and the memory is freed, when the last of them is done.
+#[derive(Debug)]
+pub struct Served {
+    /// `base`, or the id of the job that made the checkpoint.
+    pub id: String,
+    /// Where the checkpoint came from: a path, a hub id, or the bundled model's name.
+    pub root: String,
+    /// What it was pruned from, if it was.
+    pub parent: Option<String>,
+    /// Seconds since 1970 at which it was loaded.
+    pub created: u64,
+    /// The model's configuration.
+    pub config: Config,
+    /// Sampling that the model suggests.
+    pub generation: GenerationConfig,
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Single tokens as text.
+    pub token_text: TokenText,
+    /// The chat template, or why there is none.
+    pub chat: Result<ChatRenderer, String>,
+    /// What makes the tokens.
+    pub engine: EngineHandle,
+    /// Of an element of the key/value cache.
+    pub kv_element_bytes: usize,
+}
+
+impl Served {
+    /// Tokens of prompt and answer together.
+    pub fn max_model_len(&self) -> usize {
+        self.engine.config().max_model_len
+    }
+
+    /// OpenAI's `system_fingerprint`: changes when the answers to the same seed may change.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = DefaultHasher::new();
+        (env!("CARGO_PKG_VERSION"), &self.id, &self.root).hash(&mut hasher);
+        format!("fp_{:010x}", hasher.finish() & 0xff_ffff_ffff)
+    }
+
+    /// Token ids of a text. An empty text becomes the token that begins (or ends) a document, so that there is something to go on.
+    ///
+    /// # Errors
+    /// What the tokenizer says.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
+        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| e.to_string())?;
+        let ids = encoding.get_ids().to_vec();
+        if ids.is_empty() {
+            return Ok(self.config.bos_token_id.or(self.config.eos_token_ids.first().copied()).into_iter().collect());
+        }
+        Ok(ids)
+    }
+
+    /// Text of token ids.
+    ///
+    /// # Errors
+    /// What the tokenizer says.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, String> {
+        self.tokenizer.decode(ids, skip_special_tokens).map_err(|e| e.to_string())
+    }
+
+    /// A single token as text, or as `token_id:N`.
+    pub fn token(&self, id: u32, as_id: bool) -> String {
+        if as_id { format!("token_id:{id}") } else { self.token_text.text(&self.tokenizer, id) }
+    }
+
+    /// A single token's bytes.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.token_text.bytes(&self.tokenizer, id)
+    }
+}
