@@ -29,7 +29,9 @@ pub fn download(owner: &str, name: &str, revision: Option<&str>) -> Result<PathB
         asked.allow_patterns(patterns(&WANTED)).ignore_patterns(patterns(&UNWANTED)).progress(bar).send()
     };
     if offline() {
-        return snapshot(true).map_err(|_| anyhow!("{id} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: download it where there is a network (or unset HF_HUB_OFFLINE)"));
+        return snapshot(true).map_err(|_| {
+            anyhow!("{id} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it: download it where there is a network (or unset HF_HUB_OFFLINE)")
+        });
     }
     tracing::info!(model = %id, revision = revision.unwrap_or("main"), "looking for the model on the hub");
     match snapshot(false) {
@@ -60,7 +62,9 @@ fn is_network(error: &HFError) -> bool {
 fn explain(id: &str, revision: Option<&str>, error: HFError) -> anyhow::Error {
     let what = match &error {
         error if is_network(error) => {
-            format!("{id} is no directory here, and the Hugging Face hub can't be reached to fetch it: check the network (HF_ENDPOINT names a mirror), or give the path of a downloaded checkpoint")
+            format!(
+                "{id} is no directory here, and the Hugging Face hub can't be reached to fetch it: check the network (HF_ENDPOINT names a mirror), or give the path of a downloaded checkpoint"
+            )
         }
         HFError::AuthRequired { .. } | HFError::Forbidden { .. } => {
             format!("{id} needs permission: accept its terms on its page of the hub and put a token into HF_TOKEN")

@@ -58,11 +58,11 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
 ///
 /// # Errors
 /// What is wrong with the checkpoint, the device or the limits.
-pub fn load(checkpoint: Checkpoint, identity: Identity, config: &ServeConfig) -> Result<Served> {
+pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -> Result<Served> {
     let start = Instant::now();
     let device = config.device.open()?;
     let dtype = compute_dtype(&device, config.dtype.dtype())?;
-    let decoder = load_decoder(&checkpoint, &device, dtype)?;
+    let decoder = load_decoder(checkpoint, &device, dtype)?;
     let model = decoder.config().clone();
     let engine_config = engine_config(&decoder, config)?;
     let mut eos_token_ids = model.eos_token_ids.clone();
@@ -88,6 +88,7 @@ pub fn load(checkpoint: Checkpoint, identity: Identity, config: &ServeConfig) ->
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
         generation: checkpoint.generation().clone(),
         token_text: TokenText::of(checkpoint.tokenizer()),
+        special_tokens: checkpoint.tokenizer().get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect(),
         tokenizer: Arc::new(checkpoint.tokenizer().clone()),
         config: model,
         chat,

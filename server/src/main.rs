@@ -22,7 +22,7 @@ mod served;
 mod serving_slot;
 mod shutdown;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 /// Prunes large language models and serves them behind an OpenAI-compatible API.
@@ -43,6 +43,11 @@ enum Command {
     Serve(Box<config::ServeConfig>),
     /// Asks a running server whether it is ready; the exit status is the answer (for a container's health check).
     Health(commands::health::HealthArgs),
+}
+
+/// The command line, for those who check options against it.
+fn command() -> clap::Command {
+    Cli::command()
 }
 
 fn main() -> ExitCode {

@@ -15,8 +15,7 @@ const FIRST_TOKEN: [f64; 22] =
 /// Seconds between tokens.
 const INTER_TOKEN: [f64; 19] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
 /// Seconds of a whole request, or of a part of it.
-const REQUEST: [f64; 21] =
-    [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0];
+const REQUEST: [f64; 21] = [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0];
 /// Choices of a request.
 const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 /// Tokens of a block in `cache_config_info`. Memory is handed out by the token; readers want to know the capacity in blocks.
@@ -100,7 +99,11 @@ impl Metrics {
             running: r.gauge("vllm:num_requests_running", "Sequences in the current batch.")?,
             waiting: r.gauge("vllm:num_requests_waiting", "Requests that wait to be computed.")?,
             kv_cache_usage: r.gauge("vllm:kv_cache_usage_perc", "Share of the key/value memory that is reserved, 0 to 1.")?,
-            cache_config: r.int_gauge("vllm:cache_config_info", "Capacity of the key/value memory.", &["model_name", "engine", "block_size", "num_gpu_blocks"])?,
+            cache_config: r.int_gauge(
+                "vllm:cache_config_info",
+                "Capacity of the key/value memory.",
+                &["model_name", "engine", "block_size", "num_gpu_blocks"],
+            )?,
             kv_bytes_used: r.int_gauge("evop_kv_bytes_used", "Bytes of key/value memory that are reserved, by all engines.", &[])?,
             kv_bytes_budget: r.int_gauge("evop_kv_bytes_budget", "Bytes of key/value memory that can be reserved.", &[])?,
             ready: r.int_gauge("evop_ready", "1 if a model is loaded, its engine runs and the server takes requests.", &[])?,

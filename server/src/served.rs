@@ -3,6 +3,7 @@
 use crate::openai::token_text::TokenText;
 use evop_model::{Config, GenerationConfig, Tokenizer};
 use evop_serving::{ChatRenderer, EngineHandle};
+use std::collections::HashSet;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -26,6 +27,8 @@ pub struct Served {
     pub tokenizer: Arc<Tokenizer>,
     /// Single tokens as text.
     pub token_text: TokenText,
+    /// Tokens that text usually leaves out.
+    pub special_tokens: HashSet<u32>,
     /// The chat template, or why there is none.
     pub chat: Result<ChatRenderer, String>,
     /// What makes the tokens.
@@ -71,6 +74,11 @@ impl Served {
     /// A single token as text, or as `token_id:N`.
     pub fn token(&self, id: u32, as_id: bool) -> String {
         if as_id { format!("token_id:{id}") } else { self.token_text.text(&self.tokenizer, id) }
+    }
+
+    /// Whether a token is one of the tokenizer's special tokens.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_tokens.contains(&id)
     }
 
     /// A single token's bytes.

@@ -17,12 +17,16 @@ pub(crate) fn provenance(outcome: &Outcome) -> Value {
         "strategy": outcome.run.options.search.strategy,
         "sparsity": outcome.run.options.sparsity,
         "seed": outcome.run.options.search.seed,
-        "calibration": { "corpus": outcome.run.corpus, "clusters": outcome.cluster_sizes, "options": outcome.run.options.calibration },
+        "calibration": { "corpus": corpus_name(outcome), "clusters": outcome.cluster_sizes, "options": outcome.run.options.calibration },
         "loss": { "dense": outcome.dense_loss, "pruned": outcome.found.fitness.loss },
         "held_out_perplexity": { "dense": outcome.dense.perplexity, "pruned": outcome.pruned.perplexity, "window": outcome.dense.window },
         "parameters": { "dense": outcome.parameters.0, "pruned": outcome.parameters.1 },
         "block_parameters": { "dense": outcome.block_parameters.0, "pruned": outcome.block_parameters.1 },
     })
+}
+
+fn corpus_name(outcome: &Outcome) -> String {
+    outcome.run.calibration.as_ref().map_or_else(|| "bundled books".to_string(), |path| path.display().to_string())
 }
 
 /// How the certificate reads in words.
@@ -97,7 +101,7 @@ pub(crate) fn html(outcome: &Outcome) -> String {
         outcome.dense.windows,
         outcome.dense.window,
         outcome.dense.predicted_tokens,
-        escape(&outcome.run.corpus)
+        escape(&corpus_name(outcome))
     );
     page.push_str("<h2>What was removed</h2>");
     page.push_str(&pattern_map(&outcome.kept));

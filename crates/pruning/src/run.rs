@@ -54,8 +54,10 @@ pub struct Run {
     pub revision: Option<String>,
     /// SHA-256 of the model's tensors.
     pub model_sha256: String,
-    /// Where the corpus came from.
-    pub corpus: String,
+    /// The corpus file; `None`: the bundled books.
+    pub calibration: Option<PathBuf>,
+    /// The text of the before/after perplexity; `None`: bundled books with a bundled corpus, else held-out chunks of the corpus.
+    pub eval_text: Option<PathBuf>,
     /// Options.
     pub options: PruneOptions,
     /// Version of EvoP that began the run.
@@ -143,6 +145,8 @@ pub struct Outcome {
 pub struct Inputs<'a> {
     /// The model to prune.
     pub checkpoint: &'a Checkpoint,
+    /// [`checkpoint::fingerprint`] of its tensors.
+    pub model_sha256: &'a str,
     /// The same, loaded.
     pub decoder: &'a Decoder,
     /// The calibration corpus.
@@ -191,11 +195,10 @@ pub fn is_finished(directory: &Path) -> bool {
 /// Those of calibration, search and writing; [`Error::RunDirectory`] when the model is not the one that the run was begun with.
 pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step) -> Result<()>) -> Result<Outcome> {
     let run: Run = self::inputs(directory)?;
-    let found_hash = checkpoint::fingerprint(inputs.checkpoint.source().as_ref())?;
-    if found_hash != run.model_sha256 {
+    if inputs.model_sha256 != run.model_sha256 {
         return Err(Error::RunDirectory {
             path: directory.join(RUN),
-            message: format!("the run was begun with another model: expected tensors of SHA-256 {}, found {found_hash}", run.model_sha256),
+            message: format!("the run was begun with another model: expected tensors of SHA-256 {}, found {}", run.model_sha256, inputs.model_sha256),
         });
     }
     let options = &run.options;

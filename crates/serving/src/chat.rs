@@ -146,7 +146,9 @@ fn normalised(messages: &Value) -> Result<Vec<Value>, ChatError> {
 /// An assistant's earlier reasoning, under the names that templates read.
 fn alias_reasoning(message: &mut Map<String, Value>) {
     if let Some(reasoning) = ["reasoning_content", "thinking", "reasoning"].iter().find_map(|name| message.get(*name)).cloned() {
-        message.entry("thinking").or_insert_with(|| reasoning.clone());
+        if !message.contains_key("thinking") {
+            message.shift_insert(0, "thinking".into(), reasoning.clone());
+        }
         message.insert("reasoning_content".into(), reasoning);
     }
 }

@@ -85,3 +85,95 @@ impl Detokenizer {
         self.tokenizer.decode(tokens, self.skip_special_tokens).map_err(|e| Error::Decode(e.to_string()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
+
+    static TINY: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(include_str!("../../../models/tiny/tokenizer.json").parse().unwrap()));
+
+    /// Llama 2's kind: a token's first ▁ is a space, bytes stand for characters that have no token, a text's first space is stripped.
+    static SENTENCEPIECE: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
+        let pieces = ["<s>", "▁", "a", "b", "▁a", "▁ab", "▁▁", "é"].map(str::to_string).into_iter();
+        let bytes = (0..=255_u8).map(|b| format!("<0x{b:02X}>"));
+        let vocab: serde_json::Map<_, _> = pieces.chain(bytes).enumerate().map(|(i, piece)| (piece, i.into())).collect();
+        let decoder = serde_json::json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]});
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "pre_tokenizer": null, "post_processor": null,
+            "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "decoder": decoder,
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                "fuse_unk": true, "byte_fallback": true, "vocab": vocab, "merges": [["▁", "a"], ["▁a", "b"], ["▁", "▁"]]},
+        });
+        Arc::new(json.to_string().parse().unwrap())
+    });
+
+    fn pieces(tokenizer: &Arc<Tokenizer>, ids: &[u32], skip: bool) -> Vec<String> {
+        let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), skip);
+        let mut pieces: Vec<String> = ids.iter().map(|id| detokenizer.push(*id).unwrap()).collect();
+        pieces.push(detokenizer.finish().unwrap());
+        pieces
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn the_pieces_of_any_tokens_are_the_whole_text(ids in prop::collection::vec(0..4096_u32, 0..40), skip: bool) {
+            prop_assert_eq!(pieces(&TINY, &ids, skip).concat(), TINY.decode(&ids, skip).unwrap());
+        }
+
+        // the first 256 ids after the special ones are single bytes: broken characters all the time
+        #[test]
+        fn the_pieces_of_any_bytes_are_the_whole_text(ids in prop::collection::vec(0..259_u32, 0..40), skip: bool) {
+            prop_assert_eq!(pieces(&TINY, &ids, skip).concat(), TINY.decode(&ids, skip).unwrap());
+        }
+
+        #[test]
+        fn the_pieces_of_a_text_are_that_text_and_no_character_is_broken(text in "\\PC{0,20}") {
+            let ids = TINY.encode_fast(text.as_str(), false).unwrap().get_ids().to_vec();
+            let pieces = pieces(&TINY, &ids, false);
+            prop_assert_eq!(&pieces.concat(), &text);
+            prop_assert!(text.contains(REPLACEMENT) || !pieces.iter().any(|p| p.contains(REPLACEMENT)));
+        }
+
+        #[test]
+        fn byte_fallback_and_stripped_spaces_give_the_whole_text(text in "[ abé日🙂ñ]{0,20}") {
+            let ids = SENTENCEPIECE.encode_fast(text.as_str(), false).unwrap().get_ids().to_vec();
+            let pieces = pieces(&SENTENCEPIECE, &ids, true);
+            prop_assert_eq!(pieces.concat(), SENTENCEPIECE.decode(&ids, true).unwrap());
+            prop_assert!(!pieces.iter().any(|p| p.contains(REPLACEMENT)));
+        }
+
+        #[test]
+        fn tokens_without_bytes_give_the_whole_text_with_special_ones_between(ids in prop::collection::vec(0..8_u32, 0..20), skip: bool) {
+            prop_assert_eq!(pieces(&SENTENCEPIECE, &ids, skip).concat(), SENTENCEPIECE.decode(&ids, skip).unwrap());
+        }
+
+        #[test]
+        fn any_tokens_at_all_are_taken(ids in prop::collection::vec(0..264_u32, 0..30), skip: bool) {
+            pieces(&SENTENCEPIECE, &ids, skip);
+        }
+    }
+
+    #[test]
+    fn a_character_waits_for_its_last_byte() {
+        let byte = |b: u8| SENTENCEPIECE.token_to_id(&format!("<0x{b:02X}>")).unwrap();
+        let ids: Vec<u32> = "é🙂".bytes().map(byte).collect();
+        assert_eq!(pieces(&SENTENCEPIECE, &ids, true), ["", "é", "", "", "", "🙂", ""]);
+    }
+
+    #[test]
+    fn an_unfinished_character_comes_out_at_the_end() {
+        let byte = |b: u8| SENTENCEPIECE.token_to_id(&format!("<0x{b:02X}>")).unwrap();
+        assert_eq!(pieces(&SENTENCEPIECE, &[2, byte(0xF0), byte(0x9F)], true), ["a", "", "", "\u{FFFD}\u{FFFD}"]);
+    }
+}

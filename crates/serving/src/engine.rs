@@ -7,12 +7,12 @@ use crate::output::FinishReason;
 use crate::scheduler::{Limits, Scheduler, Withdrawn};
 use crate::sequence::Sequence;
 use crate::stats::Shared;
-use evop_model::Decoder;
+use evop_model::{Decoder, Positions};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
@@ -98,6 +98,10 @@ impl Engine {
     /// [`Error::Config`] for limits that contradict each other, [`Error::Thread`] if there can't be a thread.
     pub fn start(decoder: Decoder, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
         config.validate()?;
+        let positions = decoder.config().max_position_embeddings;
+        if matches!(decoder.config().positions, Positions::Learned { .. }) && config.max_model_len > positions {
+            return Err(Error::Config(format!("max_model_len: expected at most the model's {positions} learned positions, found {}", config.max_model_len)));
+        }
         Self::spawn(ModelRunner::new(decoder), eos_token_ids, config)
     }
 
@@ -273,4 +277,84 @@ impl Engine {
 fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::output::{OutputKind, Usage};
+    use crate::params::{Request, SamplingParams};
+    use crate::stream::RequestStream;
+    use evop_model::{Checkpoint, DType, Device};
+
+    const POISON: u32 = 4095;
+
+    fn engine(fault: crate::model_runner::Fault) -> EngineHandle {
+        let checkpoint = Checkpoint::open(std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny"))).unwrap();
+        let decoder = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
+        // one token a step and sequence, two sequences: the second request's prompt is still read while the first decodes
+        let config = EngineConfig { max_batch_tokens: 2, max_concurrent: 2, ..EngineConfig::for_decoder(&decoder) };
+        let mut runner = ModelRunner::new(decoder);
+        runner.fault = Some(fault);
+        Engine::spawn(runner, vec![0], config).unwrap()
+    }
+
+    fn submit(engine: &EngineHandle, prompt: Vec<u32>) -> RequestStream {
+        let params = SamplingParams { max_tokens: 5, temperature: 0.0, ignore_eos: true, ..SamplingParams::default() };
+        engine.submit(Request { prompt, params, n: 1, request_id: "test".into() }).unwrap()
+    }
+
+    fn end(mut stream: RequestStream) -> (FinishReason, Usage) {
+        while let Some(output) = stream.blocking_next() {
+            if let OutputKind::Finished { reason, usage, .. } = output.kind {
+                return (reason, usage);
+            }
+        }
+        panic!("the stream ended without a reason");
+    }
+
+    #[test]
+    fn an_error_in_a_step_ends_its_sequences_and_the_engine_goes_on() {
+        let engine = engine(|tokens| match tokens.contains(&POISON) {
+            true => Err(evop_model::Error::Device("out of memory".into())),
+            false => Ok(()),
+        });
+        assert!(matches!(end(submit(&engine, vec![5, POISON])).0, FinishReason::Error(text) if text.contains("out of memory")));
+        assert_eq!(end(submit(&engine, vec![5])).0, FinishReason::Length);
+        let stats = engine.stats();
+        assert_eq!((stats.finished.error, stats.finished.length, stats.running, stats.kv_bytes_used), (1, 1, 0, 0));
+    }
+
+    #[test]
+    fn a_panic_in_a_step_ends_its_sequences_and_the_engine_goes_on() {
+        let engine = engine(|tokens| {
+            assert!(!tokens.contains(&POISON), "poisoned");
+            Ok(())
+        });
+        assert!(matches!(end(submit(&engine, vec![POISON])).0, FinishReason::Error(text) if text.contains("poisoned")));
+        assert_eq!(end(submit(&engine, vec![5, 6])), (FinishReason::Length, Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 5 }));
+        assert!(engine.is_alive());
+    }
+
+    #[test]
+    fn a_sequence_that_was_not_in_the_failed_step_is_not_touched() {
+        // the budget is two tokens: the poison's prompt and a decoding sequence fill a step, a third waits outside
+        let engine = engine(|tokens| match tokens.contains(&POISON) {
+            true => Err(evop_model::Error::Device("out of memory".into())),
+            false => Ok(()),
+        });
+        let poisoned = submit(&engine, vec![5, 6, 7, 8, POISON]);
+        let beside = submit(&engine, vec![5, 6]);
+        let waiting = submit(&engine, vec![5]);
+        assert!(matches!(end(poisoned).0, FinishReason::Error(_)));
+        end(beside);
+        assert_eq!(end(waiting).0, FinishReason::Length);
+    }
+
+    #[test]
+    fn contradicting_limits_are_refused() {
+        let config = EngineConfig { max_concurrent: 4, max_queue: 1, max_batch_tokens: 3, max_model_len: 8, kv_budget_bytes: 0 };
+        assert!(config.validate().unwrap_err().to_string().starts_with("max_batch_tokens"));
+        assert!(EngineConfig { max_concurrent: 0, ..config }.validate().is_err());
+    }
 }

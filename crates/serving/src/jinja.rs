@@ -61,7 +61,9 @@ fn tojson(value: &Value, ensure_ascii: Option<bool>, kwargs: Kwargs) -> Result<V
         None => None,
         Some(value) => Some(match value.as_str() {
             Some(text) => text.to_string(),
-            None => " ".repeat(value.as_usize().filter(|n| *n <= 64).ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "tojson: indent: expected 0 to 64"))?),
+            None => {
+                " ".repeat(value.as_usize().filter(|n| *n <= 64).ok_or_else(|| Error::new(ErrorKind::InvalidOperation, "tojson: indent: expected 0 to 64"))?)
+            }
         }),
     };
     let (item_separator, key_separator) = match kwargs.get::<Option<Value>>("separators")?.filter(|v| !v.is_none()) {

@@ -184,3 +184,146 @@ fn cut_to_nucleus(candidates: &mut Vec<Candidate>, top_p: f64) {
         (sorted, block) = (end, block * 4);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sampler(params: SamplingParams) -> Sampler {
+        Sampler::new(Arc::new(params), &[0, 1], &[5], 0)
+    }
+
+    fn seeded() -> SamplingParams {
+        SamplingParams { seed: Some(7), max_tokens: 1000, ..SamplingParams::default() }
+    }
+
+    fn greedy() -> SamplingParams {
+        SamplingParams { temperature: 0.0, ..seeded() }
+    }
+
+    fn draws(params: SamplingParams, logits: &[f32], count: usize) -> Vec<u32> {
+        let mut sampler = sampler(params);
+        (0..count).map(|_| sampler.sample(logits).unwrap().id).collect()
+    }
+
+    #[test]
+    fn temperature_zero_takes_the_best_and_the_lowest_id_of_equals() {
+        assert_eq!(draws(greedy(), &[0.0, 2.0, 2.0], 3), [1, 1, 1]);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let logits = [1.0_f32.ln(), 2.0_f32.ln(), 5.0_f32.ln()];
+        let found = draws(seeded(), &logits, 4000);
+        for (id, expected) in [(0, 0.125), (1, 0.25), (2, 0.625)] {
+            let share = found.iter().filter(|d| **d == id).count() as f64 / 4000.0;
+            assert!((share - expected).abs() < 0.03, "{id}: {share}");
+        }
+    }
+
+    #[test]
+    fn a_seed_and_a_choice_fix_the_draws() {
+        let logits: Vec<f32> = (0..50).map(|i| (i % 7) as f32).collect();
+        assert_eq!(draws(seeded(), &logits, 20), draws(seeded(), &logits, 20));
+        let mut other = Sampler::new(Arc::new(seeded()), &[], &[], 1);
+        let others: Vec<u32> = (0..20).map(|_| other.sample(&logits).unwrap().id).collect();
+        assert_ne!(draws(seeded(), &logits, 20), others);
+        let unseeded = || draws(SamplingParams { seed: None, ..seeded() }, &logits, 20);
+        assert_ne!(unseeded(), unseeded());
+    }
+
+    #[test]
+    fn bias_and_allowed_ids_decide_what_can_be_sampled() {
+        let logits = [0.0, 1.0, 2.0];
+        assert_eq!(draws(SamplingParams { logit_bias: vec![(0, 100.0)], ..greedy() }, &logits, 1), [0]);
+        assert_eq!(draws(SamplingParams { allowed_token_ids: Some(vec![0, 1]), ..greedy() }, &logits, 1), [1]);
+        assert!(draws(SamplingParams { allowed_token_ids: Some(vec![0, 2]), ..seeded() }, &logits, 50).iter().all(|id| *id != 1));
+    }
+
+    #[test]
+    fn nothing_that_ends_the_text_comes_before_min_tokens() {
+        let logits = [0.0, 0.5, 1.0, 2.0, 3.0, 4.0];
+        let params = SamplingParams { min_tokens: 2, stop_token_ids: vec![4], ..greedy() };
+        assert_eq!(draws(params.clone(), &logits, 3), [3, 3, 5]);
+        assert_eq!(draws(SamplingParams { ignore_eos: true, ..params }, &logits, 1), [5]);
+    }
+
+    #[test]
+    fn penalties_are_those_of_their_definitions() {
+        let repetition = SamplingParams { repetition_penalty: 2.0, ..greedy() };
+        // tokens 0 and 1 stand in the prompt: 4 / 2 and -1 * 2
+        assert_eq!(draws(repetition.clone(), &[4.0, -1.0, 2.5, 0.0], 1), [2]);
+        assert_eq!(draws(repetition.clone(), &[-9.0, -1.0, -1.5, -9.0], 1), [2]);
+        // and then token 2 in the output: 2.5 / 2
+        assert_eq!(draws(repetition, &[4.0, -1.0, 2.5, 0.0], 2), [2, 0]);
+        // presence: once, however often; the prompt doesn't count
+        assert_eq!(draws(SamplingParams { presence_penalty: 1.0, ..greedy() }, &[3.0, 2.5], 4), [0, 1, 0, 0]);
+        // frequency: 3.0, 2.5, 2.0, … against 2.2, 1.7, …
+        assert_eq!(draws(SamplingParams { frequency_penalty: 0.5, ..greedy() }, &[3.0, 2.2], 4), [0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_untouched_logits() {
+        let logits = [0.0, 0.0];
+        let mut sampler = sampler(SamplingParams { logit_bias: vec![(1, 50.0)], logprobs: Some(1), temperature: 0.5, ..seeded() });
+        let logprobs = sampler.sample(&logits).unwrap().logprobs.unwrap();
+        assert_eq!(logprobs.token.id, 1);
+        assert!((logprobs.token.logprob - 0.5_f32.ln()).abs() < 1e-6);
+        assert_eq!(logprobs.top[0].id, 0);
+    }
+
+    #[test]
+    fn nothing_left_to_sample_is_an_error_and_not_a_panic() {
+        assert!(sampler(SamplingParams { allowed_token_ids: Some(vec![5]), min_tokens: 1, ..seeded() }).sample(&[0.0; 6]).is_err());
+        assert!(sampler(greedy()).sample(&[f32::NAN; 6]).is_err());
+        assert!(sampler(seeded()).sample(&[f32::NAN; 6]).is_err());
+        assert_eq!(draws(seeded(), &[0.0, f32::INFINITY], 3), [1, 1, 1]);
+        assert_eq!(draws(seeded(), &[f32::NAN, 0.0], 3), [1, 1, 1]);
+    }
+
+    /// The set that may be drawn, by sorting everything.
+    fn naive_support(logits: &[f32], params: &SamplingParams) -> Vec<u32> {
+        let mut sorted: Vec<(u32, f64)> = logits.iter().enumerate().map(|(i, l)| (i as u32, f64::from(*l / params.temperature))).collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let best = sorted[0].1;
+        sorted.retain(|(_, l)| (l - best).exp() >= f64::from(params.min_p));
+        if params.top_k > 0 {
+            sorted.truncate(params.top_k);
+        }
+        let total: f64 = sorted.iter().map(|(_, l)| (l - best).exp()).sum();
+        let mut sum = 0.0;
+        sorted.retain(|(_, l)| {
+            let inside = sum < f64::from(params.top_p) * total;
+            sum += (l - best).exp();
+            inside
+        });
+        let mut ids: Vec<u32> = sorted.iter().map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    proptest! {
+        #[test]
+        fn top_k_top_p_and_min_p_leave_what_their_definitions_leave(
+            logits in prop::collection::vec(-20..20_i32, 1..300),
+            temperature in prop::sample::select(vec![0.5_f32, 1.0, 1.7]),
+            top_k in 0..20_usize,
+            top_p in prop::sample::select(vec![0.1_f32, 0.5, 0.77, 0.93, 1.0]),
+            min_p in prop::sample::select(vec![0.0_f32, 0.013, 0.17, 0.9]),
+            seed: u64,
+        ) {
+            let logits: Vec<f32> = logits.iter().map(|l| *l as f32 / 5.0).collect();
+            let params = SamplingParams { temperature, top_k, top_p, min_p, seed: Some(seed), ..SamplingParams::default() };
+            let support = naive_support(&logits, &params);
+            let mut found = draws(params, &logits, 200);
+            prop_assert!(found.iter().all(|id| support.contains(id)));
+            found.sort_unstable();
+            found.dedup();
+            // whatever has a tenth of the probability comes in 200 draws
+            let weight = |id: &u32| f64::from(logits[*id as usize] / temperature).exp();
+            let total: f64 = support.iter().map(weight).sum();
+            prop_assert!(support.iter().all(|id| weight(id) < 0.1 * total || found.contains(id)));
+        }
+    }
+}

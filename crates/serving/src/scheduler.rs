@@ -139,3 +139,85 @@ impl Withdrawn {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::{Request, SamplingParams};
+    use evop_model::{Config, DType, Device};
+    use std::path::Path;
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    const LIMITS: Limits = Limits { max_concurrent: 3, max_batch_tokens: 8, kv_budget_bytes: 1000, kv_bytes_per_token: 10 };
+
+    fn submit(scheduler: &mut Scheduler, prompt: usize, max_tokens: usize, n: usize) -> UnboundedReceiver<StepOutput> {
+        let params = SamplingParams { max_tokens, ..SamplingParams::default() };
+        let group = Arc::new(SequenceGroup::new(Request { prompt: vec![1; prompt], params, n, request_id: String::new() }));
+        let (output, receiver) = unbounded_channel();
+        scheduler.enqueue(group, output);
+        receiver
+    }
+
+    fn admit(scheduler: &mut Scheduler) -> usize {
+        let config = Config::from_json(include_str!("../../../models/tiny/config.json"), Path::new("config.json")).unwrap();
+        scheduler.admit(&[], |capacity| SequenceCache::new(&config, DType::F32, &Device::Cpu, capacity));
+        scheduler.running.len()
+    }
+
+    fn scheduled(scheduler: &mut Scheduler) -> Vec<usize> {
+        scheduler.schedule();
+        let scheduled = scheduler.running.iter().map(|s| s.scheduled).collect();
+        // as if the step had run
+        for sequence in &mut scheduler.running {
+            sequence.computed += sequence.scheduled;
+        }
+        scheduled
+    }
+
+    #[test]
+    fn decoding_sequences_come_first_and_prompts_share_the_rest_in_order() {
+        let mut scheduler = Scheduler::new(LIMITS);
+        let _receivers = [submit(&mut scheduler, 5, 4, 1), submit(&mut scheduler, 12, 4, 1), submit(&mut scheduler, 2, 4, 1)];
+        assert_eq!(admit(&mut scheduler), 3);
+        assert_eq!(scheduled(&mut scheduler), [5, 3, 0]);
+        assert_eq!(scheduled(&mut scheduler), [1, 7, 0]);
+        assert_eq!(scheduled(&mut scheduler), [1, 2, 2]);
+        assert_eq!(scheduled(&mut scheduler), [1, 1, 1]);
+    }
+
+    #[test]
+    fn the_first_in_the_queue_waits_for_memory_and_is_not_overtaken() {
+        let mut scheduler = Scheduler::new(LIMITS);
+        let _receivers = [submit(&mut scheduler, 50, 10, 1), submit(&mut scheduler, 40, 1, 1), submit(&mut scheduler, 1, 1, 1)];
+        assert_eq!(admit(&mut scheduler), 1);
+        assert_eq!(scheduler.kv_bytes_used(), 600);
+        scheduler.running[0].finished = Some(FinishReason::Stop);
+        assert_eq!(scheduler.take_finished().len(), 1);
+        assert_eq!(scheduler.kv_bytes_used(), 0);
+        assert_eq!(admit(&mut scheduler), 2);
+        assert_eq!(scheduler.take_left_queue(), 3);
+    }
+
+    #[test]
+    fn choices_are_admitted_one_by_one_and_the_request_waits_until_the_last() {
+        let mut scheduler = Scheduler::new(LIMITS);
+        let _receiver = submit(&mut scheduler, 1, 1, 4);
+        assert_eq!(admit(&mut scheduler), 3);
+        assert_eq!(scheduler.take_left_queue(), 0);
+        scheduler.running[0].finished = Some(FinishReason::Stop);
+        scheduler.take_finished();
+        assert_eq!(admit(&mut scheduler), 3);
+        assert_eq!(scheduler.running.iter().map(|s| s.index).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(scheduler.take_left_queue(), 1);
+    }
+
+    #[test]
+    fn a_request_whose_receiver_is_gone_leaves_the_queue() {
+        let mut scheduler = Scheduler::new(LIMITS);
+        drop(submit(&mut scheduler, 1, 1, 2));
+        let _kept = submit(&mut scheduler, 1, 1, 1);
+        let withdrawn = scheduler.withdraw(UnboundedSender::is_closed);
+        assert_eq!((withdrawn.len(), withdrawn[0].choices.clone()), (1, 0..2));
+        assert_eq!(admit(&mut scheduler), 1);
+    }
+}

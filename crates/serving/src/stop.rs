@@ -84,7 +84,7 @@ mod tests {
         ) {
             let text = pieces.concat();
             let (expected, index) = naive(&text, &stops, include);
-            let mut matcher = StopMatcher::new(stops.clone(), include);
+            let mut matcher = StopMatcher::new(stops, include);
             let (mut out, mut matched) = (String::new(), None);
             for piece in &pieces {
                 let stopped = matcher.push(piece);

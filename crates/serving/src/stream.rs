@@ -15,12 +15,20 @@ use tokio::sync::mpsc::UnboundedReceiver;
 pub struct RequestStream {
     receiver: UnboundedReceiver<StepOutput>,
     group: Arc<SequenceGroup>,
-    finished: Vec<bool>,
+    /// One entry a choice.
+    progress: Vec<Progress>,
+}
+
+/// What has arrived of a choice.
+#[derive(Debug, Default, Clone, Copy)]
+struct Progress {
+    tokens: usize,
+    finished: bool,
 }
 
 impl RequestStream {
     pub(crate) fn new(receiver: UnboundedReceiver<StepOutput>, group: Arc<SequenceGroup>) -> Self {
-        Self { receiver, finished: vec![false; group.n], group }
+        Self { receiver, progress: vec![Progress::default(); group.n], group }
     }
 
     /// The next output, or `None` after every choice has finished.
@@ -52,15 +60,39 @@ impl RequestStream {
         let output = match received {
             Some(output) => output,
             None => {
-                let index = self.finished.iter().position(|f| !f)?;
-                let usage = Usage { prompt_tokens: self.group.prompt.len(), ..Usage::default() };
+                let index = self.progress.iter().position(|p| !p.finished)?;
+                let usage = Usage { prompt_tokens: self.group.prompt.len(), cached_tokens: 0, completion_tokens: self.progress[index].tokens };
                 let reason = FinishReason::Error("the engine has stopped".into());
                 StepOutput { index, kind: OutputKind::Finished { reason, usage, queued: Duration::ZERO } }
             }
         };
-        if matches!(output.kind, OutputKind::Finished { .. }) {
-            self.finished[output.index] = true;
+        let progress = &mut self.progress[output.index];
+        match output.kind {
+            OutputKind::PromptLogprobs(_) => {}
+            OutputKind::Token { .. } => progress.tokens += 1,
+            OutputKind::Finished { .. } => progress.finished = true,
         }
         Some(output)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::{Request, SamplingParams};
+
+    #[test]
+    fn an_engine_that_is_gone_still_ends_every_choice_once() {
+        let request = Request { prompt: vec![1, 2], params: SamplingParams::default(), n: 2, request_id: String::new() };
+        let (output, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let mut stream = RequestStream::new(receiver, Arc::new(SequenceGroup::new(request)));
+        let finished = OutputKind::Finished { reason: FinishReason::Length, usage: Usage::default(), queued: Duration::ZERO };
+        output.send(StepOutput { index: 0, kind: finished }).unwrap();
+        output.send(StepOutput { index: 1, kind: OutputKind::Token { id: 3, logprobs: None, is_stop: false } }).unwrap();
+        drop(output);
+        let outputs: Vec<StepOutput> = std::iter::from_fn(|| stream.blocking_next()).collect();
+        assert_eq!(outputs.len(), 3);
+        let OutputKind::Finished { reason: FinishReason::Error(_), usage, .. } = &outputs[2].kind else { panic!("{outputs:?}") };
+        assert_eq!((outputs[2].index, *usage), (1, Usage { prompt_tokens: 2, cached_tokens: 0, completion_tokens: 1 }));
     }
 }

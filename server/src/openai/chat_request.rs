@@ -14,10 +14,8 @@ pub struct ChatRequest {
     pub conversation: Conversation,
     /// How to sample; `max_tokens` is still to be set.
     pub params: SamplingParams,
-    /// Tokens to make, if the request says so, and the field that says it.
+    /// Tokens to make, if the request says so.
     pub max_tokens: Option<usize>,
-    /// `max_tokens` or `max_completion_tokens`, for errors.
-    pub max_tokens_field: &'static str,
     /// How to answer.
     pub answer: AnswerOptions,
     /// Alternatives a token in the answer's `logprobs`.
@@ -105,7 +103,6 @@ impl ChatRequest {
             conversation: Conversation::parse(fields)?,
             params,
             max_tokens: newer.or(older),
-            max_tokens_field: if newer.is_some() { "max_completion_tokens" } else { "max_tokens" },
             answer,
             logprobs,
             truncate: truncation(fields, max_model_len)?,
@@ -178,7 +175,9 @@ fn check_parts(path: &str, parts: &[Value]) -> Result<(), ApiError> {
         match (part, kind, text) {
             (Value::String(_), ..) | (Value::Object(_), Some("text") | None, Some(Value::String(_))) => {}
             (Value::Object(_), Some("text"), other) => return Err(wrong_type(&format!("{path}.text"), "a string", other.unwrap_or(&Value::Null))),
-            (Value::Object(_), Some(kind), _) => return Err(ApiError::unsupported(format!("{path}.type"), format!("{path}.type: only text parts are supported, found {kind:?}"))),
+            (Value::Object(_), Some(kind), _) => {
+                return Err(ApiError::unsupported(format!("{path}.type"), format!("{path}.type: only text parts are supported, found {kind:?}")));
+            }
             (part, ..) => return Err(wrong_type(&path, "a part with type and text", part)),
         }
     }
@@ -223,8 +222,7 @@ mod tests {
         let mut body = with("max_tokens", json!(5));
         assert_eq!(parse(&body).unwrap().max_tokens, Some(5));
         body["max_completion_tokens"] = json!(7);
-        let request = parse(&body).unwrap();
-        assert_eq!((request.max_tokens, request.max_tokens_field), (Some(7), "max_completion_tokens"));
+        assert_eq!(parse(&body).unwrap().max_tokens, Some(7));
     }
 
     #[test]

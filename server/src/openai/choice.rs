@@ -53,6 +53,11 @@ impl Choice {
         self.completion_tokens
     }
 
+    /// Nothing more comes of it.
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
     /// Takes a token. What arrives after a stop string is swallowed.
     ///
     /// # Errors

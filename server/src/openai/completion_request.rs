@@ -32,6 +32,8 @@ pub struct CompletionRequest {
     pub answer: AnswerOptions,
     /// Alternatives a token in the answer's `logprobs`.
     pub logprobs: Option<usize>,
+    /// Alternatives a prompt token in vLLM's `prompt_logprobs`.
+    pub asked_prompt_logprobs: Option<usize>,
     /// The prompt stands before the answer.
     pub echo: bool,
     /// Add what the model expects around a sequence (bos).
@@ -54,6 +56,7 @@ impl CompletionRequest {
         if params.prompt_logprobs.is_some() && answer.stream.is_some() {
             return Err(ApiError::invalid("prompt_logprobs", "prompt_logprobs: not available in a stream; echo with logprobs is"));
         }
+        let asked_prompt_logprobs = params.prompt_logprobs;
         // choosing the best needs to know how good each is
         params.logprobs = logprobs.or((answer.best_of > answer.n).then_some(0));
         if echo && logprobs.is_some() {
@@ -65,6 +68,7 @@ impl CompletionRequest {
             max_tokens: fields.count("max_tokens", 0..=usize::MAX)?,
             answer,
             logprobs,
+            asked_prompt_logprobs,
             echo,
             add_special_tokens: fields.bool("add_special_tokens")?.unwrap_or(true),
             truncate: truncation(fields, max_model_len)?,

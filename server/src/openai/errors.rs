@@ -100,6 +100,11 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
+    /// 507: the disk said no.
+    pub fn storage(message: impl Into<String>) -> Self {
+        Self { code: Some("storage"), ..Self::new(StatusCode::INSUFFICIENT_STORAGE, message) }
+    }
+
     /// 503: loading, draining, or the engine is gone.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self { retry_after: Some(Duration::from_secs(5)), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }

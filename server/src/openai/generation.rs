@@ -190,7 +190,8 @@ impl Generation {
         for offset in 0..count {
             let index = (self.turn + offset) % count;
             let part = &mut self.parts[index];
-            if part.ended {
+            // a choice that ended at a stop string need not wait for the engine to notice
+            if part.ended || part.choices.iter().all(Choice::is_done) {
                 continue;
             }
             match part.stream.poll_next(context) {

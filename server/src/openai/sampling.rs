@@ -181,7 +181,7 @@ mod tests {
     use serde_json::{Map, json};
 
     fn object(value: Value) -> Map<String, Value> {
-        value.as_object().unwrap().clone()
+        serde_json::from_value(value).unwrap()
     }
 
     fn param(error: &ApiError) -> String {
@@ -208,7 +208,9 @@ mod tests {
 
     #[test]
     fn what_would_change_the_answer_is_refused_by_name() {
-        for (name, value) in [("suffix", json!("end")), ("use_beam_search", json!(true)), ("structured_outputs", json!({"regex": "a"})), ("bad_words", json!(["x"]))] {
+        for (name, value) in
+            [("suffix", json!("end")), ("use_beam_search", json!(true)), ("structured_outputs", json!({"regex": "a"})), ("bad_words", json!(["x"]))]
+        {
             let body = object(json!({name: value}));
             assert_eq!(param(&refuse_unsupported(&Fields::new(&body)).unwrap_err()), name);
         }

@@ -60,7 +60,7 @@ fn softmax_body(row: &mut [f32]) {
     }
 }
 
-/// ln(sum(exp(row))), in eight lanes like [`softmax`].
+/// ln(sum(exp(row))): f32 lanes within blocks of 1,024, the blocks added in f64, since a vocabulary has too many terms for an f32 sum.
 pub(crate) fn log_sum_exp(row: &[f32]) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if super::dot::has_avx2() {
@@ -79,16 +79,19 @@ fn log_sum_exp_avx2(row: &[f32]) -> f32 {
 #[inline(always)]
 fn log_sum_exp_body(row: &[f32]) -> f32 {
     let max = maximum(row);
-    let mut lanes = [0f32; 8];
-    let chunks = row.chunks_exact(8);
-    let mut sum: f32 = chunks.remainder().iter().map(|v| exp(*v - max)).sum();
-    for chunk in chunks {
-        for lane in 0..8 {
-            lanes[lane] += exp(chunk[lane] - max);
+    let mut total = 0f64;
+    for block in row.chunks(1024) {
+        let mut lanes = [0f32; 8];
+        let chunks = block.chunks_exact(8);
+        let rest: f32 = chunks.remainder().iter().map(|v| exp(*v - max)).sum();
+        for chunk in chunks {
+            for lane in 0..8 {
+                lanes[lane] += exp(chunk[lane] - max);
+            }
         }
+        total += f64::from(rest + ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])));
     }
-    sum += ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-    max + sum.ln()
+    (f64::from(max) + total.ln()) as f32
 }
 
 /// The largest element; NaN only if all are.

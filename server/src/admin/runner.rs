@@ -1,0 +1,204 @@
+//! The thread that runs jobs, one at a time, each in a process of its own.
+
+use crate::admin::child::{JobProcess, log_tail};
+use crate::admin::job::{Job, State};
+use crate::admin::job_store::JobStore;
+use serde_json::Value;
+use std::io::BufRead;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How long a job gets to save its state when it is cancelled, or the server stops.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What the runner needs of the rest of the server.
+pub trait Surroundings: Send + Sync + 'static {
+    /// The options of `evop prune` that name a model.
+    ///
+    /// # Errors
+    /// There is no such model.
+    fn model_arguments(&self, model: &str) -> Result<Vec<String>, String>;
+
+    /// Those that say where to compute.
+    fn device_arguments(&self) -> Vec<String>;
+
+    /// Puts a job's model into service.
+    ///
+    /// # Errors
+    /// Why it can't be.
+    fn activate(&self, id: &str) -> Result<(), String>;
+}
+
+/// Runs jobs and ends them.
+#[derive(Debug)]
+pub struct Runner {
+    store: Arc<JobStore>,
+    /// The running job, if there is one.
+    current: Mutex<Option<Current>>,
+}
+
+#[derive(Debug, Clone)]
+struct Current {
+    id: String,
+    process: Arc<JobProcess>,
+    cancelled: bool,
+}
+
+/// How a job's process ended.
+enum Ending {
+    Done,
+    Failed(String),
+    Cancelled,
+    Interrupted,
+}
+
+impl Runner {
+    /// A runner for these jobs; nothing runs until [`Self::start`].
+    pub fn new(store: Arc<JobStore>) -> Self {
+        Self { store, current: Mutex::new(None) }
+    }
+
+    /// Starts the thread. It ends when the store is stopped.
+    ///
+    /// # Errors
+    /// There can't be a thread.
+    pub fn start(self: &Arc<Self>, surroundings: Arc<impl Surroundings>) -> std::io::Result<std::thread::JoinHandle<()>> {
+        let runner = Arc::clone(self);
+        std::thread::Builder::new().name("evop-jobs".into()).spawn(move || {
+            while let Some(job) = runner.store.next() {
+                runner.run(&job, surroundings.as_ref());
+            }
+        })
+    }
+
+    /// Cancels a job, whether it waits or runs. A running one gets a moment to save its state; this waits for that.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn cancel(&self, id: &str) -> Result<(), crate::data_dir::StorageError> {
+        if self.store.cancel_queued(id)? {
+            return Ok(());
+        }
+        let process = {
+            let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(current) = current.as_mut().filter(|c| c.id == id) else { return Ok(()) };
+            current.cancelled = true;
+            Arc::clone(&current.process)
+        };
+        process.end_within(PATIENCE);
+        Ok(())
+    }
+
+    /// The server stops: the running job is interrupted, and goes on with the next server.
+    pub fn stop(&self) {
+        self.store.stop();
+        let process = self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|c| Arc::clone(&c.process));
+        if let Some(process) = process {
+            process.end_within(PATIENCE);
+        }
+    }
+
+    fn run(&self, job: &Job, surroundings: &impl Surroundings) {
+        let id = job.id.as_str();
+        tracing::info!(job = id, attempt = job.attempts, "prune job starts");
+        let ending = self.process(job, surroundings).unwrap_or_else(Ending::Failed);
+        let (state, error) = match ending {
+            Ending::Done => (State::Done, None),
+            Ending::Failed(message) => (State::Failed, Some(message)),
+            Ending::Cancelled => (State::Cancelled, None),
+            Ending::Interrupted => (State::Interrupted, None),
+        };
+        tracing::info!(job = id, ?state, error, "prune job ended");
+        // the model is in service before its job is called done, so that who waits for the job finds it so
+        let activation_error = (state == State::Done && job.request.activate).then(|| surroundings.activate(id).err()).flatten();
+        if let Some(error) = &activation_error {
+            tracing::error!(job = id, error, "the job's model can't be put into service");
+        }
+        let saved = self.store.update(id, |job| {
+            job.end(state, error);
+            job.activation_error = activation_error;
+            if !state.is_final() {
+                job.finished = None;
+            }
+        });
+        if let Err(error) = saved {
+            tracing::error!(job = id, %error, "the job's end is not on disk");
+        }
+    }
+
+    fn process(&self, job: &Job, surroundings: &impl Surroundings) -> Result<Ending, String> {
+        let data = self.store.data();
+        let (run, log) = (data.run(&job.id), data.job(&job.id).join("log.txt"));
+        if is_checkpoint(&run) {
+            return Ok(Ending::Done);
+        }
+        let arguments = arguments(job, &run, surroundings)?;
+        let (process, output) = JobProcess::spawn(&arguments, &log).map_err(|e| format!("the job's process can't be started: {e}"))?;
+        let process = Arc::new(process);
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Current { id: job.id.clone(), process: Arc::clone(&process), cancelled: false });
+        if self.store.is_stopping() {
+            // `stop` came before there was a process to end
+            process.kill();
+        }
+        let mut said = None;
+        for line in output.lines().map_while(Result::ok) {
+            said = self.read(&job.id, &line).or(said);
+        }
+        let status = process.wait().map_err(|e| format!("the job's process is lost: {e}"))?;
+        let cancelled = self.current.lock().unwrap_or_else(PoisonError::into_inner).take().is_some_and(|c| c.cancelled);
+        Ok(if status.success() && is_checkpoint(&run) {
+            Ending::Done
+        } else if cancelled {
+            Ending::Cancelled
+        } else if self.store.is_stopping() {
+            Ending::Interrupted
+        } else {
+            let tail = log_tail(&log);
+            Ending::Failed(said.unwrap_or(if tail.is_empty() {
+                format!("evop prune ended with {status}")
+            } else {
+                format!("evop prune ended with {status}: {tail}")
+            }))
+        })
+    }
+
+    /// A line of the process's stdout; returns an error that it reports.
+    fn read(&self, id: &str, line: &str) -> Option<String> {
+        let event: Value = serde_json::from_str(line).ok()?;
+        match event.get("event").and_then(Value::as_str)? {
+            "progress" => {
+                self.store.progress(id, event);
+                None
+            }
+            "error" => event.get("message").and_then(Value::as_str).map(str::to_string),
+            _ => None,
+        }
+    }
+}
+
+/// A run goes on if it had begun; else it begins.
+fn arguments(job: &Job, run: &Path, surroundings: &impl Surroundings) -> Result<Vec<String>, String> {
+    let mut arguments: Vec<String> = vec!["prune".into(), "--progress".into(), "json".into()];
+    arguments.extend(surroundings.device_arguments());
+    if run.join("run.json").exists() {
+        arguments.extend(["--resume".into(), run.display().to_string()]);
+        return Ok(arguments);
+    }
+    if run.exists() {
+        // begun, but not so far that it could go on
+        std::fs::remove_dir_all(run).map_err(|e| format!("{} can't be removed: {e}", run.display()))?;
+    }
+    arguments.extend(["--out".into(), run.display().to_string()]);
+    arguments.extend(surroundings.model_arguments(&job.request.model)?);
+    if let Some(path) = &job.request.calibration {
+        arguments.extend(["--calibration".into(), path.display().to_string()]);
+    }
+    arguments.extend(crate::admin::prune_options::as_arguments(&job.request.options));
+    Ok(arguments)
+}
+
+/// `evop.json` is a run's last word.
+pub fn is_checkpoint(run: &Path) -> bool {
+    run.join("evop.json").exists()
+}

@@ -1,0 +1,86 @@
+//! The options that name a model, shared by the offline commands.
+
+use crate::config::DTypeChoice;
+use crate::models::ModelSource;
+use anyhow::{Context, Result};
+use clap::Args;
+use evop_model::device::{DeviceChoice, compute_dtype};
+use evop_model::{Checkpoint, Decoder};
+use std::io::Read;
+use std::path::Path;
+
+/// Which model, and where to compute.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// A checkpoint directory, a .gguf file, or a hub id (org/name); without it the small bundled model.
+    #[arg(long, env = "EVOP_MODEL", value_name = "MODEL", help_heading = "Model")]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub id.
+    #[arg(long, env = "EVOP_REVISION", value_name = "REVISION", help_heading = "Model")]
+    pub revision: Option<String>,
+    /// Where to compute: cpu, cuda, cuda:N or auto.
+    #[arg(long, env = "EVOP_DEVICE", value_name = "DEVICE", default_value_t = DeviceChoice::Auto, help_heading = "Model")]
+    pub device: DeviceChoice,
+    /// What to compute in.
+    #[arg(long, env = "EVOP_DTYPE", value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Model")]
+    pub dtype: DTypeChoice,
+}
+
+impl ModelArgs {
+    /// The checkpoint on disk.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        ModelSource::parse(self.model.as_deref())?.open(self.revision.as_deref())
+    }
+
+    /// The checkpoint with its weights loaded.
+    pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
+        let checkpoint = self.checkpoint()?;
+        let device = self.device.open()?;
+        let dtype = compute_dtype(&device, self.dtype.dtype())?;
+        let decoder = checkpoint.decoder(&device, dtype)?;
+        Ok((checkpoint, decoder))
+    }
+}
+
+const BUNDLED_CALIBRATION: &[u8] = include_bytes!("../../../models/tiny/calibration.txt.gz");
+const BUNDLED_HELD_OUT: &[u8] = include_bytes!("../../../models/tiny/held-out.txt.gz");
+
+/// Seven public-domain books that the bundled model was trained on.
+pub fn bundled_calibration() -> Result<String> {
+    gunzip(BUNDLED_CALIBRATION).context("the bundled calibration text")
+}
+
+/// Five public-domain books that the bundled model never saw.
+pub fn bundled_held_out() -> Result<String> {
+    gunzip(BUNDLED_HELD_OUT).context("the bundled held-out text")
+}
+
+fn gunzip(bytes: &[u8]) -> Result<String> {
+    let mut text = String::new();
+    flate2::read::MultiGzDecoder::new(bytes).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Reads plain text, or JSON lines with a `text` field (joined by blank lines), either of them gzipped.
+pub fn read_text(path: &Path) -> Result<String> {
+    let file = || path.display().to_string();
+    let mut bytes = std::fs::read(path).with_context(file)?;
+    let mut name = path.to_string_lossy().to_lowercase();
+    if bytes.starts_with(&[0x1f, 0x8b]) {
+        let mut plain = Vec::new();
+        flate2::read::MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut plain).with_context(|| format!("{}: damaged gzip file", file()))?;
+        bytes = plain;
+        name = name.trim_end_matches(".gz").to_string();
+    }
+    let text = String::from_utf8(bytes).map_err(|e| anyhow::anyhow!("{}: not UTF-8 text: byte {} can't be decoded", file(), e.utf8_error().valid_up_to()))?;
+    if !name.ends_with(".jsonl") {
+        return Ok(text);
+    }
+    let mut documents = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+        let value: serde_json::Value = serde_json::from_str(line).with_context(|| format!("{}: line {}: not JSON", file(), number + 1))?;
+        let text = value.get("text").and_then(|t| t.as_str()).with_context(|| format!("{}: line {}: expected a string field `text`", file(), number + 1))?;
+        documents.push(text.to_string());
+    }
+    Ok(documents.join("\n\n"))
+}

@@ -1,0 +1,191 @@
+//! From a parsed request to one that runs: which model, how many tokens, and a place in the engine's queue.
+
+use crate::app::App;
+use crate::openai::errors::ApiError;
+use crate::openai::fields::Fields;
+use crate::openai::generation::{Generation, Submitted};
+use crate::openai::sampling::AnswerOptions;
+use crate::request_id::RequestId;
+use crate::served::Served;
+use evop_serving::{Request, SamplingParams, SubmitError};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Tokenizing longer texts than this is left to a thread that may block.
+const SHORT_TEXT_BYTES: usize = 16 << 10;
+
+/// The model that a request names, and the name to answer with. Without a name it is the one that is served.
+///
+/// # Errors
+/// 400 for a name that is no string, 404 for one that is not served, 503 while there is no model or no more requests are taken.
+pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<(Arc<Served>, String), ApiError> {
+    let name = fields.string("model")?.filter(|name| !name.is_empty());
+    if app.shutdown.is_draining() {
+        return Err(ApiError::unavailable("the server is shutting down"));
+    }
+    let Some(served) = app.slot.current() else { return Err(ApiError::unavailable("the model is still loading")) };
+    match name {
+        Some(name) if !app.answers_to(&served, name) => Err(ApiError::model_not_found(name)),
+        Some(name) => Ok((served, name.to_string())),
+        None => Ok((served, app.names()[0].clone())),
+    }
+}
+
+/// Token ids of a text, without keeping other requests waiting.
+///
+/// # Errors
+/// 400 with what the tokenizer says.
+pub async fn encode(served: &Arc<Served>, text: String, add_special_tokens: bool, param: &'static str) -> Result<Vec<u32>, ApiError> {
+    let result = if text.len() <= SHORT_TEXT_BYTES {
+        served.encode(&text, add_special_tokens)
+    } else {
+        let served = Arc::clone(served);
+        let task = tokio::task::spawn_blocking(move || served.encode(&text, add_special_tokens));
+        task.await.unwrap_or_else(|e| Err(e.to_string()))
+    };
+    result.map_err(|message| ApiError::invalid(param, format!("{param} can't be tokenized: {message}")))
+}
+
+/// One prompt, tokenized.
+#[derive(Debug)]
+pub struct TokenizedPrompt {
+    /// Its tokens.
+    pub tokens: Vec<u32>,
+    /// Its text, if it is to be echoed.
+    pub echo: Option<String>,
+}
+
+impl TokenizedPrompt {
+    /// Keeps the last `tokens` tokens.
+    pub fn truncate(&mut self, tokens: Option<usize>) {
+        if let Some(excess) = tokens.and_then(|keep| self.tokens.len().checked_sub(keep)) {
+            self.tokens.drain(..excess);
+        }
+    }
+}
+
+/// How many tokens may be made.
+#[derive(Debug, Clone, Copy)]
+pub struct MaxTokens {
+    /// What the request says.
+    pub asked: Option<usize>,
+    /// If it says nothing: this many, or what is left of the context if that is less. `None` = what is left.
+    pub default: Option<usize>,
+    /// The field that a prompt which is too long came in.
+    pub prompt_field: &'static str,
+}
+
+impl MaxTokens {
+    /// For a prompt of so many tokens.
+    ///
+    /// # Errors
+    /// 400 `context_length_exceeded`.
+    fn resolve(&self, prompt: usize, limit: usize) -> Result<usize, ApiError> {
+        let room = limit.saturating_sub(prompt);
+        let max_tokens = self.asked.unwrap_or_else(|| self.default.unwrap_or(room).min(room).max(1));
+        if prompt.saturating_add(max_tokens) > limit { Err(context_too_long(prompt, max_tokens, limit, self.prompt_field)) } else { Ok(max_tokens) }
+    }
+}
+
+/// Clients look for the words "maximum context length".
+fn context_too_long(prompt: usize, max_tokens: usize, limit: usize, field: &'static str) -> ApiError {
+    ApiError::context_length(
+        field,
+        format!(
+            "This model's maximum context length is {limit} tokens. However, you requested {} tokens ({prompt} in the prompt, {max_tokens} for the completion). Please reduce the prompt or the completion.",
+            prompt.saturating_add(max_tokens)
+        ),
+    )
+}
+
+/// A request, ready to be submitted.
+#[derive(Debug)]
+pub struct Admission<'a> {
+    /// The server.
+    pub app: &'a Arc<App>,
+    /// The model that answers.
+    pub served: Arc<Served>,
+    /// For log lines.
+    pub request_id: &'a RequestId,
+    /// When the request came in.
+    pub arrived: Instant,
+    /// How to answer.
+    pub answer: &'a AnswerOptions,
+    /// How to sample; `max_tokens` is still to be set.
+    pub params: &'a SamplingParams,
+    /// How many tokens may be made.
+    pub max_tokens: MaxTokens,
+}
+
+impl Admission<'_> {
+    /// Submits every prompt. If one is refused, none runs.
+    ///
+    /// # Errors
+    /// Why the engine doesn't take it.
+    pub fn submit(self, prompts: Vec<TokenizedPrompt>) -> Result<Generation, ApiError> {
+        let limit = self.served.max_model_len();
+        let lengths = prompts.iter().map(|p| self.max_tokens.resolve(p.tokens.len(), limit)).collect::<Result<Vec<_>, _>>()?;
+        let mut submitted = Vec::with_capacity(prompts.len());
+        for (prompt, max_tokens) in prompts.into_iter().zip(lengths) {
+            let params = SamplingParams { max_tokens, ..self.params.clone() };
+            let scored = params.prompt_logprobs.is_some();
+            let request = Request { prompt: prompt.tokens.clone(), params, n: self.answer.best_of, request_id: self.request_id.to_string() };
+            let stream = self.served.engine.submit(request).map_err(|error| self.refused(error))?;
+            self.app.metrics.admitted(prompt.tokens.len(), max_tokens, self.answer.n);
+            submitted.push(Submitted { stream, tokens: prompt.tokens, echo: prompt.echo, scored });
+        }
+        Ok(Generation::new(Arc::clone(self.app), self.served, submitted, self.answer, self.arrived))
+    }
+
+    fn refused(&self, error: SubmitError) -> ApiError {
+        let field = self.max_tokens.prompt_field;
+        match error {
+            SubmitError::Invalid(invalid) if invalid.param == "prompt" => ApiError::from(invalid).at(field),
+            SubmitError::Invalid(invalid) => invalid.into(),
+            SubmitError::ContextTooLong { prompt, max_tokens, limit } => context_too_long(prompt, max_tokens, limit, field),
+            SubmitError::TooLarge { .. } => ApiError::context_length(field, error.to_string()),
+            SubmitError::QueueFull { retry_after, .. } => {
+                self.app.metrics.rejected();
+                ApiError::queue_full(retry_after)
+            }
+            SubmitError::Draining | SubmitError::Stopped => ApiError::unavailable(error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_about_max_tokens_never_exceeds_the_context() {
+        let completion = |asked| MaxTokens { asked, default: Some(16), prompt_field: "prompt" };
+        let chat = MaxTokens { asked: None, default: None, prompt_field: "messages" };
+        assert_eq!(completion(None).resolve(10, 100).unwrap(), 16);
+        assert_eq!(completion(None).resolve(95, 100).unwrap(), 5);
+        assert_eq!(chat.resolve(10, 100).unwrap(), 90);
+        assert!(chat.resolve(100, 100).is_err() && completion(None).resolve(101, 100).is_err());
+    }
+
+    #[test]
+    fn what_was_asked_for_is_given_or_refused() {
+        let asked = |n| MaxTokens { asked: Some(n), default: Some(16), prompt_field: "prompt" };
+        assert_eq!(asked(90).resolve(10, 100).unwrap(), 90);
+        assert_eq!(asked(0).resolve(100, 100).unwrap(), 0);
+        let error = asked(91).resolve(10, 100).unwrap_err().to_json();
+        assert_eq!(error["error"]["code"], "context_length_exceeded");
+        assert!(asked(usize::MAX).resolve(10, 100).is_err());
+    }
+
+    #[test]
+    fn a_prompt_is_cut_at_its_beginning() {
+        let cut = |keep| {
+            let mut prompt = TokenizedPrompt { tokens: vec![1, 2, 3], echo: None };
+            prompt.truncate(keep);
+            prompt.tokens
+        };
+        assert_eq!(cut(Some(2)), [2, 3]);
+        assert_eq!(cut(Some(9)), [1, 2, 3]);
+        assert_eq!(cut(None), [1, 2, 3]);
+    }
+}

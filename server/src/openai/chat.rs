@@ -1,0 +1,141 @@
+//! `POST /v1/chat/completions`.
+
+use crate::app::App;
+use crate::openai::JsonBody;
+use crate::openai::admission::{Admission, MaxTokens, TokenizedPrompt, encode, served_model};
+use crate::openai::chat_request::{ChatRequest, Conversation};
+use crate::openai::collect::{Collected, CollectedPrompt, collect};
+use crate::openai::errors::ApiError;
+use crate::openai::fields::Fields;
+use crate::openai::generation::{Event, Generation, Token};
+use crate::openai::logprobs::{chat_form, prompt_form};
+use crate::openai::sampling::AnswerOptions;
+use crate::openai::sse::{self, ChunkWriter};
+use crate::openai::types::{Answer, ChatChoice, ChatChunkChoice, Delta, End, Head, Message, Usage};
+use crate::request_id::RequestId;
+use crate::served::Served;
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+use std::time::Instant;
+
+const ASSISTANT: &str = "assistant";
+
+/// Answers a conversation.
+pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    let (served, model, request) = parse(&app, &body)?;
+    let mut prompt = TokenizedPrompt { tokens: tokenize(&served, &request.conversation).await?, echo: None };
+    prompt.truncate(request.truncate);
+    let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
+    let admission = Admission { app: &app, served, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let mut generation = admission.submit(vec![prompt])?;
+    if request.answer.stream.is_some() {
+        let head = Head::new("chatcmpl", "chat.completion.chunk", model, generation.served());
+        let writer = Writer { head, logprobs: request.logprobs.is_some(), tokens: 0, answer: request.answer };
+        return Ok(sse::respond(generation, writer));
+    }
+    let head = Head::new("chatcmpl", "chat.completion", model, generation.served());
+    let (prompts, usage) = collect(&mut generation, 1, &request.answer).await?;
+    Ok(whole(&generation, &head, &request, prompts, usage))
+}
+
+/// Apart from the handler, because [`Fields`] must not live across an await.
+fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result<(Arc<Served>, String, ChatRequest), ApiError> {
+    let fields = Fields::new(body);
+    let (served, model) = served_model(app, &fields)?;
+    let request = ChatRequest::parse(&fields, &served.generation, served.max_model_len())?;
+    Ok((served, model, request))
+}
+
+/// A conversation as the model reads it.
+///
+/// # Errors
+/// 400 if there is no template, or it can't take this conversation.
+pub async fn tokenize(served: &Arc<Served>, conversation: &Conversation) -> Result<Vec<u32>, ApiError> {
+    let template = served.chat.as_ref().map_err(|message| ApiError::invalid("messages", message.clone()))?;
+    let text = template.render(&conversation.input()).map_err(|e| ApiError::invalid("messages", e.to_string()))?;
+    encode(served, text, conversation.add_special_tokens, "messages").await
+}
+
+/// The whole answer at once.
+fn whole(generation: &Generation, head: &Head, request: &ChatRequest, prompts: Vec<CollectedPrompt>, usage: Usage) -> Response {
+    let (served, answer) = (generation.served(), &request.answer);
+    let choice = |(index, collected): (usize, Collected)| ChatChoice {
+        index,
+        logprobs: request.logprobs.map(|_| chat_form(served, &collected.tokens, answer.tokens_as_ids)),
+        token_ids: answer.return_token_ids.then(|| collected.token_ids()),
+        message: Message { role: ASSISTANT, content: collected.text, refusal: None },
+        end: collected.end,
+    };
+    let prompt_logprobs = request.params.prompt_logprobs.map(|_| prompt_form(served, prompts.first().map_or(&[], |p| p.logprobs.as_slice())));
+    let choices = prompts.into_iter().flat_map(|prompt| prompt.choices).enumerate().map(choice).collect();
+    let prompt_token_ids = answer.return_token_ids.then(|| generation.prompt(0).to_vec());
+    Json(Answer { head, choices, usage: Some(Some(usage)), prompt_logprobs, prompt_token_ids }).into_response()
+}
+
+/// The answer chunk by chunk.
+struct Writer {
+    head: Head,
+    answer: AnswerOptions,
+    logprobs: bool,
+    /// Made so far.
+    tokens: usize,
+}
+
+impl Writer {
+    fn usage(&self, generation: &Generation) -> Usage {
+        Usage::new(generation.prompt_tokens(), self.tokens)
+    }
+
+    fn answer(&self, generation: &Generation, choices: Vec<ChatChunkChoice>, prompt_token_ids: Option<Vec<u32>>) -> String {
+        let options = self.answer.stream.unwrap_or_default();
+        let usage = options.include_usage.then(|| options.continuous_usage.then(|| self.usage(generation)));
+        sse::json(&Answer { head: &self.head, choices, usage, prompt_logprobs: None, prompt_token_ids })
+    }
+
+    fn chunk(&self, generation: &Generation, index: usize, delta: Delta, tokens: &[Token], end: End) -> String {
+        let choice = ChatChunkChoice {
+            index,
+            delta,
+            logprobs: (self.logprobs && !tokens.is_empty()).then(|| chat_form(generation.served(), tokens, self.answer.tokens_as_ids)),
+            end,
+            token_ids: self.answer.return_token_ids.then(|| tokens.iter().map(|t| t.id).collect()),
+        };
+        self.answer(generation, vec![choice], None)
+    }
+}
+
+impl ChunkWriter for Writer {
+    /// The role of every choice.
+    fn begin(&mut self, generation: &Generation) -> Vec<String> {
+        let role = |index| {
+            let delta = Delta { role: Some(ASSISTANT), content: Some(String::new()) };
+            let token_ids = self.answer.return_token_ids.then(Vec::new);
+            let choice = ChatChunkChoice { index, delta, logprobs: None, end: End::default(), token_ids };
+            let ids = (self.answer.return_token_ids && index == 0).then(|| generation.prompt(0).to_vec());
+            self.answer(generation, vec![choice], ids)
+        };
+        (0..self.answer.n).map(role).collect()
+    }
+
+    fn write(&mut self, generation: &Generation, event: Event) -> Option<String> {
+        match event {
+            Event::Text { choice, text, tokens } => {
+                self.tokens += tokens.len();
+                let wanted = !text.is_empty() || self.logprobs || self.answer.return_token_ids;
+                let delta = Delta { role: None, content: Some(text) };
+                wanted.then(|| self.chunk(generation, choice, delta, &tokens, End::default()))
+            }
+            Event::Finished { choice, finish, .. } => Some(self.chunk(generation, choice, Delta::default(), &[], finish.into())),
+            Event::Echo { .. } | Event::PromptLogprobs { .. } | Event::Failed(_) => None,
+        }
+    }
+
+    fn end(&mut self, generation: &Generation) -> Option<String> {
+        let usage = Some(Some(self.usage(generation)));
+        let answer: Answer<'_, ChatChunkChoice> = Answer { head: &self.head, choices: Vec::new(), usage, prompt_logprobs: None, prompt_token_ids: None };
+        self.answer.stream.unwrap_or_default().include_usage.then(|| sse::json(&answer))
+    }
+}

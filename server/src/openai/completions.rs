@@ -1,0 +1,167 @@
+//! `POST /v1/completions`.
+
+use crate::app::App;
+use crate::openai::JsonBody;
+use crate::openai::admission::{Admission, MaxTokens, TokenizedPrompt, encode, served_model};
+use crate::openai::collect::{Collected, CollectedPrompt, collect};
+use crate::openai::completion_request::{CompletionRequest, Prompt};
+use crate::openai::errors::ApiError;
+use crate::openai::fields::Fields;
+use crate::openai::generation::{Event, Generation, Token};
+use crate::openai::logprobs::{CompletionForm, prompt_form};
+use crate::openai::sampling::AnswerOptions;
+use crate::openai::sse::{self, ChunkWriter};
+use crate::openai::types::{Answer, CompletionChoice, End, Head, Usage};
+use crate::request_id::RequestId;
+use crate::served::Served;
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// OpenAI's default.
+const DEFAULT_MAX_TOKENS: usize = 16;
+
+/// Continues prompts.
+pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    let arrived = Instant::now();
+    let (served, model, request) = parse(&app, &body)?;
+    let mut prompts = Vec::with_capacity(request.prompts.len());
+    for prompt in &request.prompts {
+        prompts.push(tokenize(&served, &request, prompt).await?);
+    }
+    let max_tokens = MaxTokens { asked: request.max_tokens, default: Some(DEFAULT_MAX_TOKENS), prompt_field: "prompt" };
+    let admission = Admission { app: &app, served, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let count = prompts.len();
+    let mut generation = admission.submit(prompts)?;
+    let head = Head::new("cmpl", "text_completion", model, generation.served());
+    if request.answer.stream.is_some() {
+        let writer = Writer::new(head, &request, count);
+        return Ok(sse::respond(generation, writer));
+    }
+    let (prompts, usage) = collect(&mut generation, count, &request.answer).await?;
+    Ok(whole(&generation, &head, &request, prompts, usage))
+}
+
+/// Apart from the handler, because [`Fields`] must not live across an await.
+fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result<(Arc<Served>, String, CompletionRequest), ApiError> {
+    let fields = Fields::new(body);
+    let (served, model) = served_model(app, &fields)?;
+    let request = CompletionRequest::parse(&fields, &served.generation, served.max_model_len())?;
+    Ok((served, model, request))
+}
+
+async fn tokenize(served: &Arc<Served>, request: &CompletionRequest, prompt: &Prompt) -> Result<TokenizedPrompt, ApiError> {
+    let tokens = match prompt {
+        Prompt::Text(text) => encode(served, text.clone(), request.add_special_tokens, "prompt").await?,
+        Prompt::Tokens(tokens) => tokens.clone(),
+    };
+    let mut tokenized = TokenizedPrompt { tokens, echo: None };
+    let before = tokenized.tokens.len();
+    tokenized.truncate(request.truncate);
+    if request.echo {
+        let text = match prompt {
+            Prompt::Text(text) if tokenized.tokens.len() == before => text.clone(),
+            _ => served.decode(&tokenized.tokens, request.answer.skip_special_tokens).map_err(|e| ApiError::invalid("prompt", format!("prompt: {e}")))?,
+        };
+        tokenized.echo = Some(text);
+    }
+    Ok(tokenized)
+}
+
+/// The whole answer at once.
+fn whole(generation: &Generation, head: &Head, request: &CompletionRequest, prompts: Vec<CollectedPrompt>, usage: Usage) -> Response {
+    let (served, answer) = (generation.served(), &request.answer);
+    let choice = |index: usize, prompt: usize, collected: Collected| CompletionChoice {
+        index,
+        logprobs: request.logprobs.map(|_| form(answer).write(served, &[collected.echoed.as_slice(), &collected.tokens].concat())),
+        prompt_logprobs: None,
+        token_ids: answer.return_token_ids.then(|| collected.token_ids()),
+        prompt_token_ids: answer.return_token_ids.then(|| generation.prompt(prompt).to_vec()),
+        text: collected.text,
+        end: collected.end,
+    };
+    let mut choices = Vec::with_capacity(prompts.len() * answer.n);
+    for (prompt, collected) in prompts.into_iter().enumerate() {
+        let asked = request.asked_prompt_logprobs;
+        let scores = asked.map(|_| prompt_form(served, &collected.logprobs));
+        for one in collected.choices {
+            let index = choices.len();
+            choices.push(CompletionChoice { prompt_logprobs: scores.clone(), ..choice(index, prompt, one) });
+        }
+    }
+    Json(Answer { head, choices, usage: Some(Some(usage)), prompt_logprobs: None, prompt_token_ids: None }).into_response()
+}
+
+fn form(answer: &AnswerOptions) -> CompletionForm {
+    CompletionForm::new(answer.tokens_as_ids, answer.skip_special_tokens)
+}
+
+/// The answer chunk by chunk.
+struct Writer {
+    head: Head,
+    answer: AnswerOptions,
+    logprobs: bool,
+    /// Where each choice's text stands.
+    forms: Vec<CompletionForm>,
+    /// Tokens of each choice.
+    tokens: Vec<usize>,
+    /// Choices whose prompt's ids were sent.
+    introduced: Vec<bool>,
+}
+
+impl Writer {
+    fn new(head: Head, request: &CompletionRequest, prompts: usize) -> Self {
+        let choices = prompts * request.answer.best_of;
+        let answer = request.answer.clone();
+        let forms = vec![form(&answer); choices];
+        Self { head, answer, logprobs: request.logprobs.is_some(), forms, tokens: vec![0; choices], introduced: vec![false; choices] }
+    }
+
+    fn usage(&self, generation: &Generation) -> Usage {
+        Usage::new(generation.prompt_tokens(), self.tokens.iter().sum())
+    }
+
+    fn chunk(&mut self, generation: &Generation, choice: usize, text: String, tokens: &[Token], end: End, ids: Vec<u32>) -> String {
+        let first = !std::mem::replace(&mut self.introduced[choice], true);
+        let choice = CompletionChoice {
+            index: choice,
+            text,
+            logprobs: (self.logprobs && !tokens.is_empty()).then(|| self.forms[choice].write(generation.served(), tokens)),
+            end,
+            prompt_logprobs: None,
+            token_ids: self.answer.return_token_ids.then_some(ids),
+            prompt_token_ids: (self.answer.return_token_ids && first).then(|| generation.prompt(choice / self.answer.best_of).to_vec()),
+        };
+        let options = self.answer.stream.unwrap_or_default();
+        let usage = options.include_usage.then(|| options.continuous_usage.then(|| self.usage(generation)));
+        sse::json(&Answer { head: &self.head, choices: vec![choice], usage, prompt_logprobs: None, prompt_token_ids: None })
+    }
+}
+
+impl ChunkWriter for Writer {
+    fn begin(&mut self, _: &Generation) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn write(&mut self, generation: &Generation, event: Event) -> Option<String> {
+        match event {
+            Event::Echo { choice, text, tokens } => Some(self.chunk(generation, choice, text, &tokens, End::default(), Vec::new())),
+            Event::Text { choice, text, tokens } => {
+                self.tokens[choice] += tokens.len();
+                let wanted = !text.is_empty() || self.logprobs || self.answer.return_token_ids;
+                let ids = tokens.iter().map(|t| t.id).collect();
+                wanted.then(|| self.chunk(generation, choice, text, &tokens, End::default(), ids))
+            }
+            Event::Finished { choice, finish, .. } => Some(self.chunk(generation, choice, String::new(), &[], finish.into(), Vec::new())),
+            Event::PromptLogprobs { .. } | Event::Failed(_) => None,
+        }
+    }
+
+    fn end(&mut self, generation: &Generation) -> Option<String> {
+        let usage = Some(Some(self.usage(generation)));
+        let answer: Answer<'_, CompletionChoice> = Answer { head: &self.head, choices: Vec::new(), usage, prompt_logprobs: None, prompt_token_ids: None };
+        self.answer.stream.unwrap_or_default().include_usage.then(|| sse::json(&answer))
+    }
+}

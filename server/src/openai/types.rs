@@ -1,0 +1,242 @@
+//! The shapes of answers, as they are serialised.
+
+use crate::openai::generation::Finish;
+use crate::served::Served;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Token counts.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Usage {
+    /// Of all prompts; a prompt counts once whatever its n.
+    pub prompt_tokens: usize,
+    /// Of all choices, those not chosen by `best_of` included.
+    pub completion_tokens: usize,
+    /// Both.
+    pub total_tokens: usize,
+    /// How many of the prompts' were in a cache.
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+/// Of `prompt_tokens`.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct PromptTokensDetails {
+    /// Not computed again.
+    pub cached_tokens: usize,
+}
+
+impl Usage {
+    /// Nothing was in a cache: this version has none across requests.
+    pub fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
+        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens, prompt_tokens_details: PromptTokensDetails::default() }
+    }
+}
+
+/// What all objects of one answer begin with.
+#[derive(Debug, Clone, Serialize)]
+pub struct Head {
+    /// Unique.
+    pub id: String,
+    /// Kind of object.
+    pub object: &'static str,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The model as the request named it.
+    pub model: String,
+    /// Changes with what is served.
+    pub system_fingerprint: String,
+}
+
+impl Head {
+    /// A new answer of this model.
+    pub fn new(prefix: &str, object: &'static str, model: String, served: &Served) -> Self {
+        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
+        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created, model, system_fingerprint: served.fingerprint() }
+    }
+}
+
+/// An answer, or a chunk of one.
+#[derive(Debug, Serialize)]
+pub struct Answer<'a, C> {
+    /// Id, model, ...
+    #[serde(flatten)]
+    pub head: &'a Head,
+    /// The choices, or what is new of them.
+    pub choices: Vec<C>,
+    /// Absent, `null` (a stream that will send it), or the counts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+    /// Chat only: of the prompt, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs>,
+    /// Chat only: of the prompt, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// vLLM's `prompt_logprobs`: one entry a token, the first `null`.
+pub type PromptLogprobs = Vec<Option<BTreeMap<u32, RankedLogprob>>>;
+
+/// One of `prompt_logprobs`.
+#[derive(Debug, Clone, Serialize)]
+pub struct RankedLogprob {
+    /// Natural logarithm.
+    pub logprob: f32,
+    /// 1 = the most probable.
+    pub rank: usize,
+    /// The token as text.
+    pub decoded_token: String,
+}
+
+/// vLLM's `stop_reason`: which stop string or token ended it.
+#[derive(Debug, Clone, Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    /// A stop string.
+    Text(String),
+    /// A stop token.
+    Token(u32),
+}
+
+/// How a choice ended, in the two fields that say so.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct End {
+    /// `null` while it goes on.
+    pub finish_reason: Option<&'static str>,
+    /// `null` unless something in the request made it stop.
+    pub stop_reason: Option<StopReason>,
+}
+
+impl From<Finish> for End {
+    fn from(finish: Finish) -> Self {
+        let (finish_reason, stop_reason) = match finish {
+            Finish::Stop => ("stop", None),
+            Finish::StopString(text) => ("stop", Some(StopReason::Text(text))),
+            Finish::StopToken(id) => ("stop", Some(StopReason::Token(id))),
+            Finish::Length => ("length", None),
+        };
+        Self { finish_reason: Some(finish_reason), stop_reason }
+    }
+}
+
+/// A choice of a completion, or what is new of it.
+#[derive(Debug, Serialize)]
+pub struct CompletionChoice {
+    /// Prompt times n plus choice.
+    pub index: usize,
+    /// Text.
+    pub text: String,
+    /// `null` unless asked for.
+    pub logprobs: Option<CompletionLogprobs>,
+    /// How it ended.
+    #[serde(flatten)]
+    pub end: End,
+    /// If asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<PromptLogprobs>,
+    /// If asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+    /// If asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+}
+
+/// Logprobs of a completion, in parallel lists.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct CompletionLogprobs {
+    /// Where each token begins in `text`, in characters.
+    pub text_offset: Vec<usize>,
+    /// Of each token; `null` for a prompt's first.
+    pub token_logprobs: Vec<Option<f32>>,
+    /// Each token.
+    pub tokens: Vec<String>,
+    /// The alternatives at each place, the token itself always among them.
+    pub top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+}
+
+/// A whole choice of a chat.
+#[derive(Debug, Serialize)]
+pub struct ChatChoice {
+    /// Its number.
+    pub index: usize,
+    /// What the assistant says.
+    pub message: Message,
+    /// `null` unless asked for.
+    pub logprobs: Option<ChatLogprobs>,
+    /// How it ended.
+    #[serde(flatten)]
+    pub end: End,
+    /// If asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// The assistant's message.
+#[derive(Debug, Serialize)]
+pub struct Message {
+    /// `assistant`.
+    pub role: &'static str,
+    /// Text.
+    pub content: String,
+    /// Always `null`: this server does not refuse.
+    pub refusal: Option<String>,
+}
+
+/// What is new of a choice of a chat.
+#[derive(Debug, Serialize)]
+pub struct ChatChunkChoice {
+    /// Its number.
+    pub index: usize,
+    /// What is new of the message.
+    pub delta: Delta,
+    /// `null` unless asked for.
+    pub logprobs: Option<ChatLogprobs>,
+    /// How it ended, in its last chunk.
+    #[serde(flatten)]
+    pub end: End,
+    /// If asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// What is new of a message: the role in the first chunk, nothing in the last.
+#[derive(Debug, Default, Serialize)]
+pub struct Delta {
+    /// `assistant`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    /// Text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}
+
+/// Logprobs of a chat.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ChatLogprobs {
+    /// One entry a token.
+    pub content: Vec<ChatLogprob>,
+    /// Always `null`.
+    pub refusal: Option<Vec<ChatLogprob>>,
+}
+
+/// A token of a chat, with its alternatives.
+#[derive(Debug, Clone, Serialize)]
+pub struct ChatLogprob {
+    /// The token itself.
+    #[serde(flatten)]
+    pub token: ChatToken,
+    /// The most probable ones.
+    pub top_logprobs: Vec<ChatToken>,
+}
+
+/// A token and its probability.
+#[derive(Debug, Clone, Serialize)]
+pub struct ChatToken {
+    /// As text.
+    pub token: String,
+    /// Natural logarithm.
+    pub logprob: f32,
+    /// As bytes: text can't show a part of a character.
+    pub bytes: Vec<u8>,
+}
