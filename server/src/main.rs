@@ -39,6 +39,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Prunes the bundled model with EvoP, serves it and asks it something: the whole path in one command.
+    Quickstart(commands::quickstart::QuickstartArgs),
+    /// Searches what a model can do without, and writes the pruned checkpoint.
+    Prune(Box<commands::prune::PruneArgs>),
+    /// Computes the perplexity of a text.
+    Eval(commands::eval::EvalArgs),
+    /// Shows what a checkpoint has, layer by layer.
+    Inspect(commands::inspect::InspectArgs),
     /// Serves a model over HTTP.
     Serve(Box<config::ServeConfig>),
     /// Asks a running server whether it is ready; the exit status is the answer (for a container's health check).
@@ -58,6 +66,10 @@ fn main() -> ExitCode {
     evop_model::device::set_threads(threads);
 
     let result = match cli.command {
+        Command::Quickstart(args) => commands::quickstart::run(&args),
+        Command::Prune(args) => commands::prune::run(&args),
+        Command::Eval(args) => commands::eval::run(&args),
+        Command::Inspect(args) => commands::inspect::run(&args),
         Command::Serve(config) => commands::serve::run(*config, threads),
         Command::Health(args) => commands::health::run(&args),
     };

@@ -20,11 +20,15 @@ use std::sync::Arc;
 pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
     let bytes = Bytes::map(path)?;
     let damaged = |message: String| Error::corrupt(path, format!("not a whole GGUF file ({} bytes): {message}", bytes.len()));
-    let content = Content::read(&mut Cursor::new(&bytes[..])).map_err(|e| damaged(e.to_string()))?;
+    // candle divides by the file's `general.alignment` unseen: a zero there would end the process
+    let content = std::panic::catch_unwind(|| Content::read(&mut Cursor::new(&bytes[..])))
+        .map_err(|_| damaged("its header can't be parsed".into()))?
+        .map_err(|e| damaged(e.to_string()))?;
     for (name, info) in &content.tensor_infos {
-        let elements = info.shape.elem_count();
-        let size = elements / info.ggml_dtype.block_size() * info.ggml_dtype.type_size();
-        let end = (content.tensor_data_offset + info.offset).checked_add(size as u64);
+        let elements = info.shape.dims().iter().try_fold(1usize, |product, n| product.checked_mul(*n));
+        let size = elements.and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()));
+        let start = content.tensor_data_offset.checked_add(info.offset);
+        let end = start.zip(size).and_then(|(start, size)| start.checked_add(size as u64));
         if end.is_none_or(|end| end > bytes.len() as u64) {
             return Err(damaged(format!("tensor `{name}` ends beyond the file; it may be cut short: download or copy it again")));
         }

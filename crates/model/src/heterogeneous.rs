@@ -3,10 +3,12 @@
 //! Read: transformers' `per_layer_config`, Nemotron-NAS and Puzzletron `block_configs`, lists with a value a layer
 //! (`layer_inter_size`, `layer_head_num`, or a global field that is a list), and the shapes of the tensors.
 
+use crate::block_configs::{Inherited, block_config};
 use crate::config::{Architecture, Config, Dialect, Fields, LayerConfig, LayerShape, ShapeOrigin};
 use crate::source::{Source, TensorNames};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// The layers as the config declares them.
@@ -21,20 +23,30 @@ pub(crate) fn declared_layers(
     let ffn_field = if architecture == Architecture::Opt { "ffn_dim" } else { "intermediate_size" };
     let is_list = |name: &str| fields.get(name).is_some_and(Value::is_array);
     let lists = is_list(ffn_field) || is_list("num_key_value_heads") || fields.get("layer_inter_size").is_some() || fields.get("layer_head_num").is_some();
+    let overrides = overrides(fields, num_layers)?;
     let mut layers = Vec::with_capacity(num_layers);
     for layer in 0..num_layers {
+        let mut window = sliding_window(fields, architecture, layer, num_layers)?;
         let (shape, origin) = if dialect == Dialect::NemotronNas || fields.get("block_configs").is_some() {
-            (block_config(fields, layer, num_layers, heads)?, ShapeOrigin::BlockConfigs)
+            let inherited = Inherited { heads, kv_groups: kv_heads(fields, architecture, heads)?, head_dim };
+            let block = block_config(fields, layer, num_layers, inherited)?;
+            window = block.window.unwrap_or(window);
+            (block.shape, ShapeOrigin::BlockConfigs)
         } else if lists {
             (listed(fields, ffn_field, layer, num_layers, heads, head_dim)?, ShapeOrigin::PerLayerLists)
         } else {
             let global = grouped(fields, heads, kv_heads(fields, architecture, heads)?, fields.positive(ffn_field)?)?;
-            match override_of(fields, layer)? {
-                Some(over) => (overridden(fields, over, layer, heads, global, ffn_field)?, ShapeOrigin::PerLayerConfig),
+            match overrides.get(&layer) {
+                Some(over) => {
+                    if over.contains_key("sliding_window") {
+                        window = Fields { json: over, path: fields.path }.optional_usize("sliding_window")?.filter(|w| *w > 0);
+                    }
+                    (overridden(fields, over, layer, heads, global, ffn_field)?, ShapeOrigin::PerLayerConfig)
+                }
                 None => (global, ShapeOrigin::Global),
             }
         };
-        layers.push(LayerConfig { shape, origin, sliding_window: sliding_window(fields, architecture, layer, num_layers)? });
+        layers.push(LayerConfig { shape, origin, sliding_window: window });
     }
     Ok(layers)
 }
@@ -50,7 +62,7 @@ fn kv_heads(fields: &Fields<'_>, architecture: Architecture, heads: usize) -> Re
     fields.usize_or("num_key_value_heads", default)
 }
 
-fn grouped(fields: &Fields<'_>, heads: usize, kv_groups: usize, ffn: usize) -> Result<LayerShape> {
+pub(crate) fn grouped(fields: &Fields<'_>, heads: usize, kv_groups: usize, ffn: usize) -> Result<LayerShape> {
     if kv_groups == 0 {
         return Ok(LayerShape { kv_groups: 0, group_size: 0, ffn });
     }
@@ -63,23 +75,44 @@ fn grouped(fields: &Fields<'_>, heads: usize, kv_groups: usize, ffn: usize) -> R
     Ok(LayerShape { kv_groups, group_size: heads / kv_groups, ffn })
 }
 
-fn override_of<'a>(fields: &Fields<'a>, layer: usize) -> Result<Option<&'a Map<String, Value>>> {
-    let Some(overrides) = fields.get("per_layer_config") else { return Ok(None) };
-    let Value::Object(overrides) = overrides else {
+/// What `per_layer_config` may change. Anything else would be computed as if the layer were like the others.
+const OVERRIDES: [&str; 6] = ["skip", "intermediate_size", "ffn_dim", "num_key_value_heads", "num_attention_heads", "sliding_window"];
+
+/// Layer -> its overrides.
+fn overrides<'a>(fields: &Fields<'a>, num_layers: usize) -> Result<BTreeMap<usize, &'a Map<String, Value>>> {
+    let Some(value) = fields.get("per_layer_config") else { return Ok(BTreeMap::new()) };
+    let Value::Object(entries) = value else {
         return Err(fields.wrong("per_layer_config", "an object from layer index to overrides"));
     };
-    // keys are zero-padded to one width, so they are compared as numbers
-    match overrides.iter().find(|(key, _)| key.parse() == Ok(layer)) {
-        None => Ok(None),
-        Some((_, Value::Object(over))) => Ok(Some(over)),
-        Some((key, other)) => Err(Error::config(fields.path, format!("`per_layer_config.{key}`: expected an object, found {other}"))),
+    let wrong = |key: &str, what: String| Error::config(fields.path, format!("`per_layer_config.{key}`: {what}"));
+    let mut overrides = BTreeMap::new();
+    for (key, value) in entries {
+        // keys are zero-padded to one width, so they are compared as numbers
+        let Some(layer) = key.parse().ok().filter(|l| *l < num_layers) else {
+            return Err(wrong(key, format!("expected a layer index below {num_layers}")));
+        };
+        let Value::Object(over) = value else {
+            return Err(wrong(key, format!("expected an object, found {value}")));
+        };
+        if let Some(unknown) = over.keys().find(|k| !OVERRIDES.contains(&k.as_str())) {
+            return Err(wrong(key, format!("expected overrides of {}; found `{unknown}`, which can't differ between layers", OVERRIDES.join(", "))));
+        }
+        if overrides.insert(layer, over).is_some() {
+            return Err(wrong(key, format!("layer {layer} is there twice")));
+        }
     }
+    Ok(overrides)
 }
 
 fn overridden(fields: &Fields<'_>, over: &Map<String, Value>, layer: usize, heads: usize, global: LayerShape, ffn_field: &str) -> Result<LayerShape> {
     let own = Fields { json: over, path: fields.path };
-    let heads = own.usize_or("num_attention_heads", heads)?;
     let kv_groups = own.usize_or("num_key_value_heads", global.kv_groups)?;
+    // pruning takes a key/value head with the query heads that share it; a Llama config can't say so by `num_attention_heads` (modeling_evop.py)
+    let heads = match (own.optional_usize("num_attention_heads")?, fields.optional_usize("evop_group_size")?) {
+        (Some(heads), _) => heads,
+        (None, Some(group_size)) => kv_groups.saturating_mul(group_size),
+        (None, None) => heads,
+    };
     let mut shape = grouped(fields, heads, kv_groups, own.usize_or(ffn_field, global.ffn)?)?;
     for skipped in match own.get("skip") {
         None => &[][..],
@@ -121,60 +154,6 @@ fn listed(fields: &Fields<'_>, ffn_field: &str, layer: usize, num_layers: usize,
         }
         None => grouped(fields, heads, kv, ffn),
     }
-}
-
-fn block_config(fields: &Fields<'_>, layer: usize, num_layers: usize, heads: usize) -> Result<LayerShape> {
-    let Some(Value::Array(blocks)) = fields.get("block_configs") else {
-        return Err(fields.wrong("block_configs", "a list with one object a layer"));
-    };
-    if blocks.len() != num_layers {
-        return Err(Error::config(fields.path, format!("`block_configs`: expected {num_layers} entries, found {}", blocks.len())));
-    }
-    let wrong = |what: &str| Error::config(fields.path, format!("`block_configs[{layer}]`: {what}"));
-    let part = |name: &str| -> Result<Fields<'_>> {
-        let mut block = &blocks[layer];
-        // Puzzletron keeps the two halves one level down
-        if let Some(inner) = block.get("subblock_configs") {
-            block = inner;
-        }
-        match block.get(name) {
-            Some(Value::Object(map)) => Ok(Fields { json: map, path: fields.path }),
-            _ => Err(wrong(&format!("expected an object `{name}`"))),
-        }
-    };
-    let (attention, ffn) = (part("attention")?, part("ffn")?);
-    for half in [&attention, &ffn] {
-        if half.bool_or("replace_with_linear", false)? {
-            return Err(wrong("`replace_with_linear` is not supported"));
-        }
-    }
-    let kv_groups = if attention.bool_or("no_op", false)? {
-        0
-    } else {
-        match (attention.optional_usize("num_key_value_heads")?, attention.optional_usize("n_heads_in_group")?) {
-            (Some(kv), _) => kv,
-            (None, Some(0)) => return Err(attention.wrong("n_heads_in_group", "a whole number above 0, or null with no_op")),
-            (None, Some(in_group)) => heads / in_group,
-            (None, None) => 0,
-        }
-    };
-    let ffn = if ffn.bool_or("no_op", false)? {
-        0
-    } else {
-        match ffn.optional_usize("intermediate_size")? {
-            Some(n) => n,
-            None => {
-                let hidden = fields.positive("hidden_size")?;
-                let mult = ffn.f64_or("ffn_mult", f64::NAN)?;
-                if !(mult.is_finite() && mult > 0.0) {
-                    return Err(wrong("expected `intermediate_size`, `ffn_mult` or `no_op` in `ffn`"));
-                }
-                // as DeciLM rounds: two thirds of mult * hidden, up to a multiple of 256
-                ((2.0 * mult * hidden as f64 / 3.0) as usize).div_ceil(256) * 256
-            }
-        }
-    };
-    grouped(fields, heads, kv_groups, ffn)
 }
 
 fn sliding_window(fields: &Fields<'_>, architecture: Architecture, layer: usize, num_layers: usize) -> Result<Option<usize>> {

@@ -22,6 +22,7 @@
 
 mod attention;
 mod batch;
+mod block_configs;
 mod cache;
 mod chat;
 mod checkpoint;

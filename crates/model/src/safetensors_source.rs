@@ -78,6 +78,9 @@ impl SafetensorsSource {
         let json: serde_json::Value = serde_json::from_str(&text).map_err(|e| Error::corrupt(&index, format!("not valid JSON: {e}")))?;
         let map = json.get("weight_map").and_then(|m| m.as_object()).ok_or_else(|| Error::corrupt(&index, "expected an object `weight_map`"))?;
         let files: HashSet<&str> = map.values().filter_map(|f| f.as_str()).collect();
+        if files.is_empty() {
+            return Err(Error::corrupt(&index, "`weight_map` names no file"));
+        }
         let mut files: Vec<_> = files.into_iter().collect();
         files.sort_unstable();
         let mut shards = Vec::new();

@@ -1,4 +1,11 @@
-//! One module a subcommand.
+//! One module a subcommand, and what they share.
 
+pub mod eval;
 pub mod health;
+mod http;
+pub mod inspect;
+mod model_args;
+mod progress;
+pub mod prune;
+pub mod quickstart;
 pub mod serve;

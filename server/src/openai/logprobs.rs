@@ -1,10 +1,9 @@
 //! Log probabilities in the three forms that clients know: completions', chat's, and vLLM's `prompt_logprobs`.
 
 use crate::openai::generation::Token;
-use crate::openai::types::{ChatLogprob, ChatLogprobs, ChatToken, CompletionLogprobs, PromptLogprobs, RankedLogprob};
+use crate::openai::types::{Alternatives, ChatLogprob, ChatLogprobs, ChatToken, CompletionLogprobs, PromptLogprobs, RankedLogprob};
 use crate::served::Served;
 use evop_serving::{TokenLogprob, TokenLogprobs};
-use serde_json::{Map, Value};
 
 /// JSON has no minus infinity.
 const IMPOSSIBLE: f32 = -9999.0;
@@ -45,12 +44,16 @@ impl CompletionForm {
         lists
     }
 
-    fn alternatives(&self, served: &Served, logprobs: &TokenLogprobs) -> Map<String, Value> {
-        let of = |entry: &TokenLogprob| (served.token(entry.id, self.as_ids), Value::from(finite(entry.logprob)));
-        let mut alternatives: Map<String, Value> = logprobs.top.iter().map(of).collect();
-        let (token, logprob) = of(&logprobs.token);
-        alternatives.entry(token).or_insert(logprob);
-        alternatives
+    fn alternatives(&self, served: &Served, logprobs: &TokenLogprobs) -> Alternatives {
+        let mut alternatives: Vec<(String, f32)> = Vec::with_capacity(logprobs.top.len() + 1);
+        for entry in logprobs.top.iter().chain([&logprobs.token]) {
+            let token = served.token(entry.id, self.as_ids);
+            // an object has no room for two tokens that are written alike; the better one stays
+            if !alternatives.iter().any(|(t, _)| *t == token) {
+                alternatives.push((token, finite(entry.logprob)));
+            }
+        }
+        Alternatives(alternatives)
     }
 }
 

@@ -152,7 +152,17 @@ pub struct CompletionLogprobs {
     /// Each token.
     pub tokens: Vec<String>,
     /// The alternatives at each place, the token itself always among them.
-    pub top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    pub top_logprobs: Vec<Option<Alternatives>>,
+}
+
+/// Tokens and their logprobs, best first; an object in JSON. Numbers are written as in `token_logprobs`: clients compare them.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Alternatives(pub Vec<(String, f32)>);
+
+impl Serialize for Alternatives {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
 }
 
 /// A whole choice of a chat.

@@ -1,0 +1,148 @@
+//! `evop quickstart`: prune the bundled model with EvoP, show what that did, serve the result and ask it something.
+
+use super::http;
+use super::model_args::ModelArgs;
+use super::progress::{Display, ProgressStyle};
+use super::prune::{self, PruneArgs};
+use crate::config::DTypeChoice;
+use anyhow::{Context, Result, bail};
+use clap::{Args, FromArgMatches};
+use evop_model::device::{DeviceChoice, compute_dtype};
+use evop_model::{BatchCache, Checkpoint, Decoder, SequenceCache, Span};
+use evop_pruning::run;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+/// Options of `evop quickstart`.
+#[derive(Debug, Clone, Args)]
+pub struct QuickstartArgs {
+    /// Where the pruned model goes; a second run finds it there.
+    #[arg(long, value_name = "DIR", default_value = "evop-quickstart")]
+    pub out: PathBuf,
+    /// Port of the server.
+    #[arg(long, value_name = "PORT", default_value_t = 8000)]
+    pub port: u16,
+    /// End after the completion instead of serving on.
+    #[arg(long)]
+    pub exit: bool,
+}
+
+const PROMPT: &str = "The old man looked at the sea and said";
+/// Tokens of a speed measurement.
+const MEASURED_TOKENS: usize = 64;
+const ROUNDS: usize = 5;
+
+/// Runs the command.
+pub fn run(args: &QuickstartArgs) -> Result<()> {
+    if run::is_finished(&args.out) {
+        println!("{} holds the pruned model of an earlier run already.", args.out.display());
+    } else {
+        println!("Pruning the bundled model (2.9 M parameters, 12 layers) with EvoP: a quarter of its layers goes.");
+        let mut display = Display::new(ProgressStyle::Auto);
+        let (_, outcome) = prune::prune(&prune_args(&args.out)?, &mut display)?;
+        display.done(&args.out);
+        prune::print_table(&outcome);
+    }
+    let (dense, pruned) = speeds(&args.out)?;
+    println!("\ndecode, one sequence, medians of {ROUNDS}: dense {dense:.0} tokens/s, pruned {pruned:.0} tokens/s ({:.2}x)", pruned / dense);
+
+    let server = Server::start(&args.out, args.port)?;
+    let body = serde_json::json!({ "model": "evop-tiny-pruned", "prompt": PROMPT, "max_tokens": 40, "temperature": 0 }).to_string();
+    let (status, answer) = http::request(&format!("{}/v1/completions", server.url), Some(&body), Duration::from_secs(60))?;
+    let answer: serde_json::Value = serde_json::from_str(&answer).with_context(|| format!("the server answered {status}: {answer}"))?;
+    let text = answer["choices"][0]["text"].as_str().with_context(|| format!("the server answered {status}: {answer}"))?;
+    println!("\n{PROMPT}\x1b[1m{text}\x1b[0m\n\nThe pruned model is served at {0}. Ask it yourself:\n\n  curl {0}/v1/completions -H 'content-type: application/json' -d '{body}'\n", server.url);
+    if args.exit {
+        return Ok(());
+    }
+    println!("Ctrl-C ends it.");
+    server.wait()
+}
+
+/// The paper's preset on sequences as long as those that the bundled model was trained on.
+fn prune_args(out: &Path) -> Result<PruneArgs> {
+    let command = PruneArgs::augment_args(clap::Command::new("prune"));
+    let matches = command.try_get_matches_from(["prune".as_ref(), "--sequence-length=256".as_ref(), "--out".as_ref(), out.as_os_str()])?;
+    let mut args = PruneArgs::from_arg_matches(&matches)?;
+    // the bundled model, whatever EVOP_MODEL says
+    args.model = ModelArgs { model: None, revision: None, device: DeviceChoice::Auto, dtype: DTypeChoice::Auto };
+    Ok(args)
+}
+
+/// Decoded tokens a second, dense and pruned, measured in turns.
+fn speeds(pruned: &Path) -> Result<(f64, f64)> {
+    let device = DeviceChoice::Auto.open()?;
+    let dtype = compute_dtype(&device, None)?;
+    let load = |checkpoint: Checkpoint| -> Result<Decoder> { Ok(checkpoint.decoder(&device, dtype)?) };
+    let dense = load(crate::models::ModelSource::Bundled.open(None)?)?;
+    let pruned = load(Checkpoint::open(pruned)?)?;
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        a.push(decode_speed(&dense)?);
+        b.push(decode_speed(&pruned)?);
+    }
+    let median = |mut v: Vec<f64>| {
+        v.sort_by(f64::total_cmp);
+        v[v.len() / 2]
+    };
+    Ok((median(a), median(b)))
+}
+
+fn decode_speed(decoder: &Decoder) -> Result<f64> {
+    let mut cache = SequenceCache::new(decoder.config(), decoder.dtype(), decoder.device(), MEASURED_TOKENS + 1);
+    let mut token = 1;
+    let started = Instant::now();
+    for past in 0..MEASURED_TOKENS {
+        let logits = decoder.device().with_context(|| {
+            let batch = decoder.batch(&[Span { past, len: 1 }])?;
+            let hidden = decoder.forward(&[token], &batch, &mut BatchCache::new(vec![&mut cache]))?;
+            decoder.logits(&hidden)
+        })?;
+        token = logits.flatten_all()?.argmax(0)?.to_scalar()?;
+    }
+    Ok(MEASURED_TOKENS as f64 / started.elapsed().as_secs_f64())
+}
+
+/// `evop serve` as a child; it ends when this does.
+struct Server {
+    child: Child,
+    url: String,
+}
+
+impl Server {
+    fn start(model: &Path, port: u16) -> Result<Self> {
+        let url = format!("http://127.0.0.1:{port}");
+        if http::request(&format!("{url}/health"), None, Duration::from_millis(500)).is_ok() {
+            bail!("port {port} is taken by another server: choose one with --port");
+        }
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["serve", "--host", "127.0.0.1", "--admin-addr", "off", "--log", "warn", "--served-model-name", "evop-tiny-pruned"]);
+        command.arg("--port").arg(port.to_string()).arg("--model").arg(model).arg("--data-dir").arg(model.join("server-data"));
+        let child = command.spawn().context("evop serve can't be started")?;
+        let mut server = Self { child, url };
+        let started = Instant::now();
+        while !matches!(http::request(&format!("{}/ready", server.url), None, Duration::from_secs(1)), Ok((200, _))) {
+            if let Some(status) = server.child.try_wait()? {
+                bail!("evop serve ended at once ({status})");
+            }
+            if started.elapsed() > Duration::from_secs(60) {
+                bail!("evop serve was not ready within a minute");
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(server)
+    }
+
+    fn wait(mut self) -> Result<()> {
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
