@@ -47,6 +47,9 @@ enum Command {
     Eval(commands::eval::EvalArgs),
     /// Shows what a checkpoint has, layer by layer.
     Inspect(commands::inspect::InspectArgs),
+    /// Compares an accelerator's logits and greedy tokens with the CPU's.
+    #[command(hide = true)]
+    CompareDevices(commands::compare_devices::CompareDevicesArgs),
     /// Serves a model over HTTP.
     Serve(Box<config::ServeConfig>),
     /// Asks a running server whether it is ready; the exit status is the answer (for a container's health check).
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Prune(args) => commands::prune::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::CompareDevices(args) => commands::compare_devices::run(&args),
         Command::Serve(config) => commands::serve::run(*config, threads),
         Command::Health(args) => commands::health::run(&args),
     };

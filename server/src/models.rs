@@ -82,15 +82,6 @@ impl ModelSource {
     }
 }
 
-/// Opens what `model` means: empty = the bundled model, a directory, a .gguf file, or a hub id `org/name`. Blocks.
-///
-/// # Errors
-/// One that says what to do about it.
-#[allow(dead_code, reason = "the offline commands call it")]
-pub fn open(model: Option<&str>, revision: Option<&str>) -> Result<Checkpoint> {
-    ModelSource::parse(model)?.open(revision)
-}
-
 /// `models/llama` is `llama`, `llama.q8_0.gguf` is `llama.q8_0`, `/` is `model`.
 fn path_name(path: &Path) -> String {
     let absolute = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
@@ -127,7 +118,7 @@ mod tests {
     fn nothing_means_the_bundled_model() {
         assert_eq!(ModelSource::parse(None).unwrap(), ModelSource::Bundled);
         assert_eq!(ModelSource::parse(Some(" ")).unwrap(), ModelSource::Bundled);
-        let checkpoint = open(None, None).unwrap();
+        let checkpoint = ModelSource::Bundled.open(None).unwrap();
         assert_eq!(checkpoint.config().vocab_size, 4096);
     }
 

@@ -3,7 +3,7 @@
 use crate::app::App;
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use std::convert::Infallible;
@@ -48,6 +48,8 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     let start = Instant::now();
     let id = RequestId::taken_or_made(&request);
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "other".into(), |path| path.as_str().to_string());
+    // probes, scrapes and those who wait for a job come every few seconds
+    let polled = request.method() == Method::GET;
     let span = tracing::info_span!("request", request_id = %id, method = %request.method(), path = request.uri().path());
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).instrument(span.clone()).await;
@@ -55,8 +57,7 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     app.metrics.http_request(&route, status);
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
     span.in_scope(|| {
-        // probes and scrapes come every few seconds
-        if route.starts_with("/v1") || route.starts_with("/admin") || status >= 400 && status != 503 {
+        if !polled || status >= 400 && status != 503 {
             tracing::info!(status, milliseconds, "answered");
         } else {
             tracing::debug!(status, milliseconds, "answered");

@@ -3,7 +3,7 @@
 use crate::Result;
 use crate::batch::Span;
 use crate::kernels;
-use candle_core::{DType, D, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
 /// The shape of one attention sub-block.
 #[derive(Debug, Clone, Copy, PartialEq)]

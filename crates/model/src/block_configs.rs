@@ -25,7 +25,8 @@ pub(crate) struct Block {
 }
 
 /// What would change the computation in ways that this crate doesn't follow.
-const UNSUPPORTED: [&str; 9] = ["replace_with_linear", "window_length", "num_sink_tokens", "mamba", "llama4", "moe", "parallel_blocks", "k_eq_v", "kv_source_layer"];
+const UNSUPPORTED: [&str; 9] =
+    ["replace_with_linear", "window_length", "num_sink_tokens", "mamba", "llama4", "moe", "parallel_blocks", "k_eq_v", "kv_source_layer"];
 
 /// Reads the entry of one layer.
 pub(crate) fn block_config(fields: &Fields<'_>, layer: usize, num_layers: usize, inherited: Inherited) -> Result<Block> {

@@ -180,7 +180,8 @@ impl Checkpoint {
 
     /// Token ids of a text, special tokens in it recognised; `add_special_tokens` adds what the model expects around a sequence.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| Error::Tokenizer { path: self.path.clone(), message: e.to_string() })?;
+        let encoding =
+            self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| Error::Tokenizer { path: self.path.clone(), message: e.to_string() })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -237,7 +238,8 @@ impl Parts {
         let tokenizer_config = json(&self.tokenizer_config, "tokenizer_config.json")?;
         let generation = json(&self.generation_config, "generation_config.json")?;
         let chat_template = chat_template(&tokenizer_config, self.template_file);
-        let fields = crate::config::Fields { json: &generation.as_object().cloned().unwrap_or_default(), path: &self.path };
+        let path = self.path.join("generation_config.json");
+        let fields = crate::config::Fields { json: &generation.as_object().cloned().unwrap_or_default(), path: &path };
         let sampling = fields.bool_or("do_sample", false)?;
         let sampled = |name: &str| generation.get(name).and_then(Value::as_f64).filter(|_| sampling);
         let generation = GenerationConfig {

@@ -194,11 +194,8 @@ impl Config {
             return Err(Error::config(path, "`partial_rotary_factor` other than 1 is not supported"));
         }
         let max_position_embeddings = fields.positive("max_position_embeddings")?;
-        let positions = if opt {
-            Positions::Learned { offset: 2 }
-        } else {
-            Positions::Rope(RopeParameters::from_config(&json, max_position_embeddings, path)?)
-        };
+        let positions =
+            if opt { Positions::Learned { offset: 2 } } else { Positions::Rope(RopeParameters::from_config(&json, max_position_embeddings, path)?) };
         let activation_field = if opt { "activation_function" } else { "hidden_act" };
         let activation = match fields.str_or(activation_field, if opt { "relu" } else { "silu" })? {
             "silu" | "swish" => Activation::Silu,

@@ -72,7 +72,9 @@ pub fn compute_dtype(device: &Device, asked: Option<DType>) -> Result<DType> {
         None => Ok(DType::BF16),
         Some(DType::F32) => Ok(DType::F32),
         Some(dtype) if !device.is_cpu() => Ok(dtype),
-        Some(dtype) => Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: use --dtype f32 (bf16 and f16 checkpoints are widened exactly)"))),
+        Some(dtype) => {
+            Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: use --dtype f32 (bf16 and f16 checkpoints are widened exactly)")))
+        }
     }
 }
 

@@ -38,10 +38,16 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
     let mut config = config(&metadata)?;
     let tokenizer = gguf_tokenizer::build(&metadata)?;
     let source = GgufSource::new(path, bytes, content.clone(), &config);
-    if let (Some(name), Positions::Rope(rope)) = (content.tensor_infos.contains_key("rope_freqs.weight").then_some("rope_freqs.weight"), &mut config.positions) {
+    if let (Some(name), Positions::Rope(rope)) = (content.tensor_infos.contains_key("rope_freqs.weight").then_some("rope_freqs.weight"), &mut config.positions)
+    {
         let divisors = source.dequantized(name)?.to_vec1::<f32>()?;
         if divisors.len() != config.head_dim / 2 {
-            return Err(Error::Tensor { path: path.into(), tensor: name.into(), expected: format!("{} numbers", config.head_dim / 2), found: format!("{}", divisors.len()) });
+            return Err(Error::Tensor {
+                path: path.into(),
+                tensor: name.into(),
+                expected: format!("{} numbers", config.head_dim / 2),
+                found: format!("{}", divisors.len()),
+            });
         }
         rope.scaling = Some(RopeScaling::Divisors(divisors));
     }
@@ -131,7 +137,10 @@ fn short(value: &Value) -> String {
 fn config(metadata: &Metadata<'_>) -> Result<Config> {
     let name = metadata.text("general.architecture")?.ok_or_else(|| metadata.missing("general.architecture", "a string"))?;
     if !["llama", "qwen2", "qwen3"].contains(&name) {
-        return Err(Error::config(metadata.path, format!("`general.architecture`: expected llama, qwen2 or qwen3; found {name:?}: this architecture is not supported")));
+        return Err(Error::config(
+            metadata.path,
+            format!("`general.architecture`: expected llama, qwen2 or qwen3; found {name:?}: this architecture is not supported"),
+        ));
     }
     let key = |suffix: &str| format!("{name}.{suffix}");
     let required = |suffix: &str| metadata.unsigned(&key(suffix))?.ok_or_else(|| metadata.missing(&key(suffix), "a whole number"));
@@ -148,7 +157,8 @@ fn config(metadata: &Metadata<'_>) -> Result<Config> {
         set("head_dim", json!(head_dim));
     }
     set("max_position_embeddings", json!(required("context_length")?));
-    let eps = metadata.float(&key("attention.layer_norm_rms_epsilon"))?.ok_or_else(|| metadata.missing(&key("attention.layer_norm_rms_epsilon"), "a number"))?;
+    let eps =
+        metadata.float(&key("attention.layer_norm_rms_epsilon"))?.ok_or_else(|| metadata.missing(&key("attention.layer_norm_rms_epsilon"), "a number"))?;
     // stored as f32: the shortest decimal of that f32 is what the config said
     set("rms_norm_eps", json!(shortest(eps)));
     set("rope_theta", json!(metadata.float(&key("rope.freq_base"))?.map_or(10_000.0, shortest)));
@@ -172,7 +182,14 @@ fn config(metadata: &Metadata<'_>) -> Result<Config> {
             set(field, json!(id));
         }
     }
-    set("architectures", json!([match name { "llama" => "LlamaForCausalLM", "qwen2" => "Qwen2ForCausalLM", _ => "Qwen3ForCausalLM" }]));
+    set(
+        "architectures",
+        json!([match name {
+            "llama" => "LlamaForCausalLM",
+            "qwen2" => "Qwen2ForCausalLM",
+            _ => "Qwen3ForCausalLM",
+        }]),
+    );
     set("torch_dtype", json!("float32"));
     Config::from_map(json, metadata.path)
 }

@@ -22,9 +22,7 @@ use tokenizers::{AddedToken, DecoderWrapper, SplitDelimiterBehavior, Tokenizer};
 
 /// Llama 3's and Qwen 2's splits differ in how many digits go together.
 fn contraction_split(digits: &str) -> String {
-    format!(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+    format!(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 }
 
 /// llama.cpp's token types.
@@ -58,7 +56,8 @@ pub(crate) fn build(metadata: &Metadata<'_>) -> Result<Tokenizer> {
 
     let token_at = |key: &str| -> Result<Option<(String, u32)>> {
         let Some(id) = metadata.unsigned(key)? else { return Ok(None) };
-        let token = vocabulary.tokens.get(id as usize).ok_or_else(|| wrong(format!("`{key}`: {id} is beyond the vocabulary of {}", vocabulary.tokens.len())))?;
+        let token =
+            vocabulary.tokens.get(id as usize).ok_or_else(|| wrong(format!("`{key}`: {id} is beyond the vocabulary of {}", vocabulary.tokens.len())))?;
         Ok(Some((token.clone(), id as u32)))
     };
     let wants = |key: &str, default: bool| -> Result<bool> { Ok(metadata.flag(key)?.unwrap_or(default)) };
@@ -91,7 +90,14 @@ fn vocabulary(metadata: &Metadata<'_>) -> Result<Vocabulary> {
     let tokens = strings("tokenizer.ggml.tokens")?;
     let kinds = match metadata.list("tokenizer.ggml.token_type")? {
         None => vec![1; tokens.len()],
-        Some(list) => list.iter().map(|v| match v { Value::I32(k) => *k as u64, Value::U32(k) => u64::from(*k), _ => 1 }).collect(),
+        Some(list) => list
+            .iter()
+            .map(|v| match v {
+                Value::I32(k) => *k as u64,
+                Value::U32(k) => u64::from(*k),
+                _ => 1,
+            })
+            .collect(),
     };
     let scores = match metadata.list("tokenizer.ggml.scores")? {
         None => Vec::new(),
@@ -132,7 +138,11 @@ fn byte_level(metadata: &Metadata<'_>, ids: HashMap<String, u32>) -> Result<Toke
             )));
         }
     };
-    let bpe = BPE::builder().vocab_and_merges(ids.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges).ignore_merges(whole_words).build().map_err(failed)?;
+    let bpe = BPE::builder()
+        .vocab_and_merges(ids.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
+        .ignore_merges(whole_words)
+        .build()
+        .map_err(failed)?;
     let mut tokenizer = Tokenizer::new(bpe);
     tokenizer.with_pre_tokenizer(Some(pre_tokenizer));
     tokenizer.with_normalizer(normalizer).map_err(failed)?;

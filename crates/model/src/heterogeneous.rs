@@ -69,7 +69,9 @@ pub(crate) fn grouped(fields: &Fields<'_>, heads: usize, kv_groups: usize, ffn: 
     if !heads.is_multiple_of(kv_groups) {
         return Err(Error::config(
             fields.path,
-            format!("{heads} query heads can't be shared by {kv_groups} key/value heads: expected `num_attention_heads` to be a multiple of `num_key_value_heads`"),
+            format!(
+                "{heads} query heads can't be shared by {kv_groups} key/value heads: expected `num_attention_heads` to be a multiple of `num_key_value_heads`"
+            ),
         ));
     }
     Ok(LayerShape { kv_groups, group_size: heads / kv_groups, ffn })
@@ -122,7 +124,12 @@ fn overridden(fields: &Fields<'_>, over: &Map<String, Value>, layer: usize, head
         match skipped.as_str() {
             Some("attention") => (shape.kv_groups, shape.group_size) = (0, 0),
             Some("mlp") => shape.ffn = 0,
-            _ => return Err(Error::config(fields.path, format!("`per_layer_config` of layer {layer}: `skip`: expected \"attention\" or \"mlp\", found {skipped}"))),
+            _ => {
+                return Err(Error::config(
+                    fields.path,
+                    format!("`per_layer_config` of layer {layer}: `skip`: expected \"attention\" or \"mlp\", found {skipped}"),
+                ));
+            }
         }
     }
     Ok(shape)
@@ -148,7 +155,10 @@ fn listed(fields: &Fields<'_>, ffn_field: &str, layer: usize, num_layers: usize,
         Some(layer_heads) => {
             let group_size = heads / kv.max(1);
             if group_size == 0 || !layer_heads.is_multiple_of(group_size) {
-                return Err(Error::config(fields.path, format!("`layer_head_num` of layer {layer}: {layer_heads} is not a multiple of the group size {group_size} (head_dim {head_dim})")));
+                return Err(Error::config(
+                    fields.path,
+                    format!("`layer_head_num` of layer {layer}: {layer_heads} is not a multiple of the group size {group_size} (head_dim {head_dim})"),
+                ));
             }
             Ok(LayerShape { kv_groups: layer_heads / group_size, group_size: if layer_heads == 0 { 0 } else { group_size }, ffn })
         }
@@ -182,6 +192,11 @@ fn sliding_window(fields: &Fields<'_>, architecture: Architecture, layer: usize,
 
 /// Replaces global shapes by what the tensors say, and refuses tensors that contradict a config which does speak.
 pub(crate) fn resolve(config: &mut Config, source: &dyn Source, names: &TensorNames) -> Result<()> {
+    let (first, depth) = (names.layer_prefix(0), config.num_layers());
+    let layer_of = |name: &str| name.strip_prefix(first.strip_suffix("0.")?)?.split('.').next()?.parse::<usize>().ok();
+    if let Some(extra) = source.names().iter().find(|name| layer_of(name).is_some_and(|l| l >= depth)) {
+        return Err(Error::config(&config.path, format!("the config says {depth} layers, the tensors have `{extra}`")));
+    }
     for layer in 0..config.num_layers() {
         let found = LayerShape::of_tensors(config, source, names, layer)?;
         let declared = &mut config.layers[layer];
@@ -234,7 +249,8 @@ impl LayerShape {
             check(attention[3].clone(), [hidden, q])?;
             (k / d, q / k)
         };
-        let mlp: Vec<String> = if config.gated_mlp { vec![names.gate(layer), names.up(layer), names.down(layer)] } else { vec![names.up(layer), names.down(layer)] };
+        let mlp: Vec<String> =
+            if config.gated_mlp { vec![names.gate(layer), names.up(layer), names.down(layer)] } else { vec![names.up(layer), names.down(layer)] };
         let ffn = if mlp.iter().all(|n| source.shape(n).is_none()) {
             0
         } else {

@@ -1,9 +1,9 @@
 //! Linear layers and norms: the one place where number types, widths and biases are decided.
 
+use crate::Result;
 use crate::config::NormKind;
 use crate::kernels;
 use crate::source::{Source, bias_of};
-use crate::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops;
 

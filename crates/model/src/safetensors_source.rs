@@ -103,7 +103,8 @@ impl SafetensorsSource {
         let mut shards = Vec::new();
         let mut index = BTreeMap::new();
         for (path, bytes) in files {
-            let damaged = |e| Error::corrupt(&path, format!("not a whole safetensors file ({} bytes): {e}; it may be cut short: download or copy it again", bytes.len()));
+            let damaged =
+                |e| Error::corrupt(&path, format!("not a whole safetensors file ({} bytes): {e}; it may be cut short: download or copy it again", bytes.len()));
             // deserialize checks that header and data add up to the file's length; read_metadata alone does not
             SafeTensors::deserialize(&bytes).map_err(damaged)?;
             let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;

@@ -113,7 +113,16 @@ fn dtype_name<'a>(source: &dyn Source, mut names: impl Iterator<Item = &'a Strin
 /// The parent's config with what the pattern changed, per-layer dialects of the parent replaced by our own.
 fn config_json(config: &Config, parent: &Config, kept: &[usize], heterogeneous: bool, dtype: &str) -> Map<String, Value> {
     let mut json = parent.json.clone();
-    for gone in ["per_layer_config", "allow_global_per_layer_attribute_access", "block_configs", "layer_inter_size", "layer_head_num", "auto_map", "_name_or_path", "dtype"] {
+    for gone in [
+        "per_layer_config",
+        "allow_global_per_layer_attribute_access",
+        "block_configs",
+        "layer_inter_size",
+        "layer_head_num",
+        "auto_map",
+        "_name_or_path",
+        "dtype",
+    ] {
         json.remove(gone);
     }
     let mut set = |field: &str, value: Value| json.insert(field.to_string(), value);
@@ -154,7 +163,8 @@ fn config_json(config: &Config, parent: &Config, kept: &[usize], heterogeneous: 
         if of_layer.shape.kv_groups > 0 && of_layer.shape.kv_groups < most_groups {
             own.insert("num_key_value_heads".into(), json!(of_layer.shape.kv_groups));
         }
-        let skipped: Vec<&str> = [("attention", of_layer.shape.kv_groups), ("mlp", of_layer.shape.ffn)].iter().filter(|(_, n)| *n == 0).map(|(name, _)| *name).collect();
+        let skipped: Vec<&str> =
+            [("attention", of_layer.shape.kv_groups), ("mlp", of_layer.shape.ffn)].iter().filter(|(_, n)| *n == 0).map(|(name, _)| *name).collect();
         if !skipped.is_empty() {
             own.insert("skip".into(), json!(skipped));
         }

@@ -17,7 +17,7 @@ use crate::eval::{self, Perplexity};
 use crate::evaluate::{Evaluator, Fitness, Work};
 use crate::search::{self, Certificate, Found, Progress, SearchOptions, SearchSpace, Space};
 use crate::{Error, Result, checkpoint, report, storage};
-use evop_model::{Checkpoint, Decoder, Gene, Pattern};
+use evop_model::{Checkpoint, Config, Decoder, Gene, Pattern};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -155,14 +155,19 @@ pub struct Inputs<'a> {
     pub held_out: Option<&'a str>,
 }
 
-/// Begins a run in `directory`, which must not hold one already.
+/// Begins a run for a model in `directory`, which must not hold one already.
 ///
 /// # Errors
-/// [`Error::RunDirectory`] when there is a run or a checkpoint already.
-pub fn begin(directory: &Path, run: &Run) -> Result<()> {
+/// [`Error::RunDirectory`] when there is a run or a checkpoint already; [`Error::Option`] for options that no run could be made of.
+pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
+    SearchSpace::new(config, run.options.space, run.options.sparsity)?;
     for file in [PROVENANCE, RUN, "config.json"] {
         if directory.join(file).exists() {
-            let what_to_do = if file == RUN { format!("go on with `evop prune --resume {}`, or choose another --out", directory.display()) } else { "choose another --out".into() };
+            let what_to_do = if file == RUN {
+                format!("go on with `evop prune --resume {}`, or choose another --out", directory.display())
+            } else {
+                "choose another --out".into()
+            };
             return Err(Error::RunDirectory { path: directory.to_path_buf(), message: format!("holds a {file} already: {what_to_do}") });
         }
     }
@@ -177,7 +182,10 @@ pub fn begin(directory: &Path, run: &Run) -> Result<()> {
 pub fn inputs(directory: &Path) -> Result<Run> {
     let path = directory.join(RUN);
     if !path.exists() {
-        return Err(Error::RunDirectory { path: directory.to_path_buf(), message: format!("expected a run directory with {RUN}: begin one with `evop prune --out DIR`") });
+        return Err(Error::RunDirectory {
+            path: directory.to_path_buf(),
+            message: format!("expected a run directory with {RUN}: begin one with `evop prune --out DIR`"),
+        });
     }
     storage::read_json(&path)
 }
@@ -360,7 +368,7 @@ impl Log {
         Ok(log)
     }
 
-    fn known(&self, config: &evop_model::Config) -> Result<HashMap<Pattern, Fitness>> {
+    fn known(&self, config: &Config) -> Result<HashMap<Pattern, Fitness>> {
         self.evaluations.iter().map(|(genes, fitness)| Ok((Pattern::new(genes.clone(), config)?, fitness.clone()))).collect()
     }
 

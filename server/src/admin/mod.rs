@@ -50,8 +50,7 @@ impl Admin {
     /// # Errors
     /// There can't be a thread.
     pub fn start(app: &Arc<App>) -> std::io::Result<()> {
-        app.admin.runner.start(Arc::clone(app))?;
-        Ok(())
+        app.admin.runner.start(Arc::clone(app))
     }
 
     /// Interrupts the running job and waits until it has saved its state. Blocks.

@@ -7,7 +7,8 @@ use serde_json::Value;
 use std::io::BufRead;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// How long a job gets to save its state when it is cancelled, or the server stops.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -36,6 +37,7 @@ pub struct Runner {
     store: Arc<JobStore>,
     /// The running job, if there is one.
     current: Mutex<Option<Current>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -56,20 +58,22 @@ enum Ending {
 impl Runner {
     /// A runner for these jobs; nothing runs until [`Self::start`].
     pub fn new(store: Arc<JobStore>) -> Self {
-        Self { store, current: Mutex::new(None) }
+        Self { store, current: Mutex::new(None), thread: Mutex::new(None) }
     }
 
     /// Starts the thread. It ends when the store is stopped.
     ///
     /// # Errors
     /// There can't be a thread.
-    pub fn start(self: &Arc<Self>, surroundings: Arc<impl Surroundings>) -> std::io::Result<std::thread::JoinHandle<()>> {
+    pub fn start(self: &Arc<Self>, surroundings: Arc<impl Surroundings>) -> std::io::Result<()> {
         let runner = Arc::clone(self);
-        std::thread::Builder::new().name("evop-jobs".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name("evop-jobs".into()).spawn(move || {
             while let Some(job) = runner.store.next() {
                 runner.run(&job, surroundings.as_ref());
             }
-        })
+        })?;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
     }
 
     /// Cancels a job, whether it waits or runs. A running one gets a moment to save its state; this waits for that.
@@ -90,12 +94,18 @@ impl Runner {
         Ok(())
     }
 
-    /// The server stops: the running job is interrupted, and goes on with the next server.
+    /// The server stops: the running job is interrupted, and goes on with the next server. Waits until that is on disk, unless the thread
+    /// is loading a model, which nobody needs any more.
     pub fn stop(&self) {
         self.store.stop();
         let process = self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|c| Arc::clone(&c.process));
         if let Some(process) = process {
             process.end_within(PATIENCE);
+        }
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let deadline = Instant::now() + PATIENCE;
+        while thread.as_ref().is_some_and(|thread| !thread.is_finished()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 

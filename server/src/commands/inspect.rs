@@ -44,7 +44,13 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         println!("{summary:#}");
         return Ok(());
     }
-    println!("{}: {}, {:.3} M parameters ({:.3} M in blocks)", checkpoint.path().display(), config.architecture.model_type(), config.parameters() as f64 / 1e6, config.block_parameters() as f64 / 1e6);
+    println!(
+        "{}: {}, {:.3} M parameters ({:.3} M in blocks)",
+        checkpoint.path().display(),
+        config.architecture.model_type(),
+        config.parameters() as f64 / 1e6,
+        config.block_parameters() as f64 / 1e6
+    );
     println!(
         "hidden {}, vocabulary {}, context {}, KV cache {} bytes per token (16-bit)\n",
         config.hidden_size,
@@ -59,7 +65,10 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         println!("{i:>5}{:>11}{:>12}{:>10}  {}", layer.shape.kv_groups, layer.shape.group_size, layer.shape.ffn, origin(layer.origin));
     }
     if let Some(provenance) = provenance {
-        println!("\npruned from {} by {} in space {} at sparsity {}", provenance["parent"]["model"], provenance["strategy"], provenance["space"], provenance["sparsity"]);
+        println!(
+            "\npruned from {} by {} in space {} at sparsity {}",
+            provenance["parent"]["model"], provenance["strategy"], provenance["space"], provenance["sparsity"]
+        );
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! One module a subcommand, and what they share.
 
+pub mod compare_devices;
 pub mod eval;
 pub mod health;
 mod http;

@@ -174,7 +174,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
             options: args.options(checkpoint.config().max_position_embeddings),
             version: env!("CARGO_PKG_VERSION").to_string(),
         };
-        run::begin(&directory, &run)?;
+        run::begin(&directory, &run, checkpoint.config())?;
     }
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {

@@ -28,7 +28,7 @@ pub struct QuickstartArgs {
     pub exit: bool,
 }
 
-const PROMPT: &str = "The old man looked at the sea and said";
+const PROMPT: &str = "It was a dark night, and";
 /// Tokens of a speed measurement.
 const MEASURED_TOKENS: usize = 64;
 const ROUNDS: usize = 5;
@@ -48,11 +48,14 @@ pub fn run(args: &QuickstartArgs) -> Result<()> {
     println!("\ndecode, one sequence, medians of {ROUNDS}: dense {dense:.0} tokens/s, pruned {pruned:.0} tokens/s ({:.2}x)", pruned / dense);
 
     let server = Server::start(&args.out, args.port)?;
-    let body = serde_json::json!({ "model": "evop-tiny-pruned", "prompt": PROMPT, "max_tokens": 40, "temperature": 0 }).to_string();
+    let body = serde_json::json!({ "model": "evop-tiny-pruned", "prompt": PROMPT, "max_tokens": 40, "temperature": 0.7, "seed": 3 }).to_string();
     let (status, answer) = http::request(&format!("{}/v1/completions", server.url), Some(&body), Duration::from_secs(60))?;
     let answer: serde_json::Value = serde_json::from_str(&answer).with_context(|| format!("the server answered {status}: {answer}"))?;
     let text = answer["choices"][0]["text"].as_str().with_context(|| format!("the server answered {status}: {answer}"))?;
-    println!("\n{PROMPT}\x1b[1m{text}\x1b[0m\n\nThe pruned model is served at {0}. Ask it yourself:\n\n  curl {0}/v1/completions -H 'content-type: application/json' -d '{body}'\n", server.url);
+    println!(
+        "\n{PROMPT}\x1b[1m{text}\x1b[0m\n\nThe pruned model is served at {0}. Ask it yourself:\n\n  curl {0}/v1/completions -H 'content-type: application/json' -d '{body}'\n",
+        server.url
+    );
     if args.exit {
         return Ok(());
     }

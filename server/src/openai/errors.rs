@@ -139,7 +139,8 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        if self.status.is_server_error() {
+        // a server that loads or drains says so to every probe
+        if self.status.is_server_error() && self.status != StatusCode::SERVICE_UNAVAILABLE {
             tracing::warn!(status = self.status.as_u16(), message = %self.message, "request failed");
         }
         let mut response = (self.status, Json(self.to_json())).into_response();

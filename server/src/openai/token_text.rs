@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn the_tokens_of_a_text_are_its_bytes() {
-        let checkpoint = crate::models::open(None, None).unwrap();
+        let checkpoint = crate::models::ModelSource::Bundled.open(None).unwrap();
         let spelling = TokenText::of(checkpoint.tokenizer());
         let text = "The café — \u{1F600}\n\tend";
         let ids = checkpoint.encode(text, false).unwrap();

@@ -1,6 +1,5 @@
 //! Our logits against Hugging Face transformers' (f32, eager attention) for every family, RoPE kind, bias and window, and for GGUF.
 //! `tests/goldens/make_model_goldens.py` and `make_gguf_goldens.py` made the files.
-#![allow(clippy::unwrap_used)]
 
 use candle_core::safetensors::load;
 use evop_model::{Checkpoint, Config, DType, Decoder, Device, NoCache, Source, Span, Tensor, open_weights};

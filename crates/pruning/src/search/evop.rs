@@ -37,7 +37,8 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
-    for (option, value, least) in [("--population", options.population, 2), ("--generations", options.generations, 1), ("--tournament", options.tournament, 1)] {
+    for (option, value, least) in [("--population", options.population, 2), ("--generations", options.generations, 1), ("--tournament", options.tournament, 1)]
+    {
         if value < least {
             return Err(Error::option(option, format!("expected at least {least}, found {value}")));
         }

@@ -54,7 +54,12 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
 }
 
 /// Enumerates the space (patterns known already cost nothing) and holds `found` against the optimum.
-pub fn certify(evaluator: &mut Evaluator<'_>, space: &SearchSpace, found: &Found, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<(Certificate, Found)> {
+pub fn certify(
+    evaluator: &mut Evaluator<'_>,
+    space: &SearchSpace,
+    found: &Found,
+    on_round: &mut dyn FnMut(Progress) -> Result<()>,
+) -> Result<(Certificate, Found)> {
     let best = search(evaluator, space, on_round)?;
     let certificate = Certificate { patterns: count_patterns(space) as usize, optimum: best.fitness.loss, found: found.fitness.loss };
     // an equal loss found by the search stays the answer

@@ -164,12 +164,7 @@ pub struct Found {
 ///
 /// # Errors
 /// [`Error::Model`] when the device fails; [`Error::NotFinite`] when no pattern has a finite loss; whatever `on_round` returns.
-pub fn search(
-    evaluator: &mut Evaluator<'_>,
-    space: &SearchSpace,
-    options: &SearchOptions,
-    on_round: &mut dyn FnMut(Progress) -> Result<()>,
-) -> Result<Found> {
+pub fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, options: &SearchOptions, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
     match options.strategy {
         Strategy::Evop => evop::search(evaluator, space, &options.evop, options.seed, on_round),
         Strategy::Sleb => sleb::search(evaluator, space, on_round),

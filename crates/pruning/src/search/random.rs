@@ -1,8 +1,8 @@
 //! The control: the best of as many random patterns as the search would have evaluated.
 
 use super::{Best, Found, Progress, SearchSpace, round_rng};
-use crate::evaluate::Evaluator;
 use crate::Result;
+use crate::evaluate::Evaluator;
 
 /// Patterns between two records of progress.
 const CHUNK: usize = 50;

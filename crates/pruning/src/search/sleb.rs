@@ -6,7 +6,10 @@ use crate::{Error, Result};
 
 pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
     if space.remove > space.units().saturating_sub(2) {
-        return Err(Error::option("--sparsity", format!("sleb keeps the first and last of {} units: expected at most {} removed", space.units(), space.units() - 2)));
+        return Err(Error::option(
+            "--sparsity",
+            format!("sleb keeps the first and last of {} units: expected at most {} removed", space.units(), space.units() - 2),
+        ));
     }
     let mut skipped = vec![false; space.units()];
     let mut history = Vec::new();

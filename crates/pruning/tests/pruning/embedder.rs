@@ -1,0 +1,45 @@
+//! The sentence-transformers embedder against transformers, where the model has been fetched.
+
+use crate::setting::{book, root, tiny};
+use evop_model::Device;
+use evop_pruning::calibration::{Calibration, CalibrationOptions};
+use evop_pruning::{Embedder, HiddenStates, SentenceTransformer};
+
+#[test]
+fn minilm_embeds_as_in_transformers_and_samples_a_calibration_set() {
+    let directory = std::env::var_os("EVOP_MINILM").map_or_else(|| root().join("target/models/minilm"), Into::into);
+    if !directory.join("model.safetensors").exists() {
+        println!("skipped: {} is not there; fetch it with tests/fetch-minilm.sh target/models/minilm", directory.display());
+        return;
+    }
+    let embedder = SentenceTransformer::open(&directory, &Device::Cpu).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(root().join("tests/goldens/minilm.json")).unwrap()).unwrap();
+    for case in golden.as_array().unwrap() {
+        let vector = embedder.embed(&[case["text"].as_str().unwrap()], &mut |_| {}).unwrap().remove(0);
+        assert_eq!(vector.len(), 384);
+        for (ours, expected) in vector.iter().zip(case["first"].as_array().unwrap()) {
+            assert!((ours - expected.as_f64().unwrap()).abs() < 2e-4, "{ours} {expected}");
+        }
+    }
+    let (checkpoint, _) = tiny();
+    let options = CalibrationOptions { sequences: 5, sequence_length: 100, ..Default::default() };
+    let calibration = Calibration::sample(&book("calibration.txt.gz", 150_000), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
+    assert_eq!(calibration.cluster_sizes.len(), 5);
+    assert!(calibration.embedder.contains("BERT"));
+}
+
+#[test]
+fn the_models_own_hidden_states_cluster_a_corpus_the_same_way_twice() {
+    let (checkpoint, decoder) = tiny();
+    let embedder = HiddenStates { decoder: &decoder, tokenizer: checkpoint.tokenizer(), max_tokens: 64 };
+    let options = CalibrationOptions { sequences: 4, sequence_length: 200, ..Default::default() };
+    let sample = || Calibration::sample(&book("calibration.txt.gz", 200_000), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
+    let calibration = sample();
+    assert_eq!(calibration, sample());
+    assert_eq!(calibration.sequences.len(), 4);
+    assert!(calibration.sequences.iter().all(|s| s.tokens.len() == 200));
+    assert!(calibration.cluster_sizes.iter().all(|n| *n > 0));
+    let used: std::collections::HashSet<usize> = calibration.sequences.iter().flat_map(|s| s.chunks.iter().map(|c| c.chunk)).collect();
+    assert!(used.iter().all(|c| c % 10 != 9), "held-out chunks are never calibrated on");
+    assert!(!calibration.held_out.is_empty());
+}

@@ -1,0 +1,17 @@
+//! The server from outside: the built binary, real sockets, the bundled model.
+
+#![allow(clippy::unwrap_used)]
+
+mod admin;
+mod chat;
+mod completions;
+mod errors;
+mod harness;
+mod keys;
+
+mod lifecycle;
+mod load;
+mod operations;
+mod prune;
+mod swap;
+mod tokenize;
