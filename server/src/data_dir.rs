@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! current.json            which model is served
+//! jobs.lock               held by the server that runs the jobs
 //! jobs/<id>/job.json      what was asked for, and how far it is
 //! jobs/<id>/calibration.txt   a corpus that came with the request
 //! jobs/<id>/log.txt       what the job printed on stderr
@@ -27,6 +28,17 @@ pub struct StorageError {
     path: PathBuf,
     what: &'static str,
     source: io::Error,
+}
+
+/// Why this process does not run the jobs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LockError {
+    /// Another one does.
+    #[error("another server runs the jobs of {0}: ask that one")]
+    Taken(String),
+    /// The disk said no.
+    #[error("{0}")]
+    Storage(String),
 }
 
 impl StorageError {
@@ -62,6 +74,22 @@ impl DataDir {
     /// One job's run: at its end, its checkpoint.
     pub fn run(&self, id: &str) -> PathBuf {
         self.job(id).join("run")
+    }
+
+    /// Takes the right to run this directory's jobs, which one process can have. It is kept as long as the file is open.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn lock(&self) -> Result<File, LockError> {
+        let path = self.root.join("jobs.lock");
+        let failed = |source| LockError::Storage(StorageError::new(&path, "written", source).to_string());
+        fs::create_dir_all(&self.root).map_err(failed)?;
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(fs::TryLockError::WouldBlock) => Err(LockError::Taken(self.root.display().to_string())),
+            Err(fs::TryLockError::Error(source)) => Err(failed(source)),
+        }
     }
 
     /// Which model is current.
@@ -131,6 +159,16 @@ mod tests {
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no temporary file is left");
         fs::write(&path, "{").unwrap();
         assert!(read_json::<Value>(&path).is_err());
+    }
+
+    #[test]
+    fn one_process_runs_the_jobs() {
+        let directory = tempfile::tempdir().unwrap();
+        let data = DataDir::new(&directory.path().join("new"));
+        let lock = data.lock().unwrap();
+        assert!(matches!(data.lock(), Err(LockError::Taken(_))));
+        drop(lock);
+        assert!(data.lock().is_ok());
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod data_dir;
 mod hub;
+mod listener;
 mod load;
 mod logging;
 mod memory;

@@ -44,6 +44,7 @@ impl From<ActivationError> for ApiError {
 pub fn activate(app: &App, id: &str) -> Result<(), ActivationError> {
     let registry: &Registry = app.admin.registry();
     let _one_at_a_time = app.admin.activating().lock().unwrap_or_else(PoisonError::into_inner);
+    app.admin.jobs();
     if !registry.exists(id) {
         return Err(ActivationError::NotFound(id.into()));
     }

@@ -5,7 +5,7 @@ use crate::admin::job::{Job, PruneRequest, State as JobState, new_id};
 use crate::admin::prune_options;
 use crate::admin::registry::BASE;
 use crate::app::App;
-use crate::data_dir::{self, StorageError};
+use crate::data_dir::{self, LockError, StorageError};
 use crate::openai::JsonBody;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
@@ -19,8 +19,12 @@ use serde_json::{Map, Value, json};
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
+
+/// How often to look at the job of another server while someone watches it.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Work that waits for the disk, or for a model to load.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
@@ -32,9 +36,18 @@ fn storage(error: StorageError) -> ApiError {
     ApiError::storage(error.to_string())
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "for map_err")]
+fn not_here(error: LockError) -> ApiError {
+    match error {
+        LockError::Taken(_) => ApiError::conflict(error.to_string()),
+        LockError::Storage(message) => ApiError::storage(message),
+    }
+}
+
 /// `POST /admin/v1/prune`.
 pub async fn prune(State(app): State<Arc<App>>, headers: HeaderMap, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let (mut request, inline) = parse(&app, &body)?;
+    app.admin.runner.may_run().map_err(not_here)?;
     let key = headers
         .get("idempotency-key")
         .map(|v| v.to_str().map(str::to_string).map_err(|_| ApiError::bad_request("Idempotency-Key: expected visible ASCII")))
@@ -51,7 +64,11 @@ pub async fn prune(State(app): State<Arc<App>>, headers: HeaderMap, JsonBody(bod
         if let (Some(path), Some(text)) = (&request.calibration, &inline) {
             data_dir::write(path, text.as_bytes())?;
         }
-        let (job, is_new) = app.admin.store.add(Job::new(id, request.clone(), key))?;
+        let (job, is_new) = app.admin.store.add(Job::new(id.clone(), request.clone(), key))?;
+        if !is_new {
+            // two with the same key at the same moment: this one's text is not needed
+            let _ = std::fs::remove_dir_all(data.job(&id));
+        }
         Ok((job, is_new, request))
     })
     .await?
@@ -117,7 +134,7 @@ fn calibration(fields: &Fields<'_>) -> Result<(Option<PathBuf>, Option<String>),
 
 /// `GET /admin/v1/jobs`.
 pub async fn jobs(State(app): State<Arc<App>>) -> Json<Value> {
-    Json(json!({"jobs": app.admin.store.list()}))
+    Json(json!({"jobs": app.admin.jobs().list()}))
 }
 
 fn no_job(id: &str) -> ApiError {
@@ -126,24 +143,25 @@ fn no_job(id: &str) -> ApiError {
 
 /// `GET /admin/v1/jobs/{id}`.
 pub async fn job(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Job>, ApiError> {
-    app.admin.store.get(&id).map(Json).ok_or_else(|| no_job(&id))
+    app.admin.jobs().get(&id).map(Json).ok_or_else(|| no_job(&id))
 }
 
 /// `DELETE /admin/v1/jobs/{id}`: cancels it if it hasn't ended; its files are kept.
 pub async fn cancel(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Job>, ApiError> {
-    let mut changes = app.admin.store.watch(&id).ok_or_else(|| no_job(&id))?;
+    let mut changes = app.admin.jobs().watch(&id).ok_or_else(|| no_job(&id))?;
+    app.admin.runner.may_run().map_err(not_here)?;
     let (runner, cancelled) = (Arc::clone(&app.admin.runner), id.clone());
     blocking(move || runner.cancel(&cancelled)).await?.map_err(storage)?;
     // its process has ended; the runner notes it in a moment
     let ended = changes.wait_for(|job| job.state.is_final() || job.state == JobState::Interrupted);
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(5), ended).await;
+    let _ = tokio::time::timeout(Duration::from_secs(5), ended).await;
     app.admin.store.get(&id).map(Json).ok_or_else(|| no_job(&id))
 }
 
 /// `GET /admin/v1/jobs/{id}/events`: the job now and after every change, as server-sent events `state` and `progress`; ends with it.
 pub async fn events(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, ApiError> {
-    let mut changes = app.admin.store.watch(&id).ok_or_else(|| no_job(&id))?;
-    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Event, Infallible>>(16);
+    let mut changes = app.admin.jobs().watch(&id).ok_or_else(|| no_job(&id))?;
+    let (sender, receiver) = mpsc::channel::<Result<Event, Infallible>>(16);
     tokio::spawn(async move {
         let mut last_state = None;
         loop {
@@ -155,20 +173,35 @@ pub async fn events(State(app): State<Arc<App>>, Path(id): Path<String>) -> Resu
             if sender.send(Ok(Event::default().event(name).data(data))).await.is_err() || ended {
                 return;
             }
-            tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return },
-                () = sender.closed() => return,
-                () = app.shutdown.stopping() => return,
+            if !next_change(&app, &mut changes, &sender).await {
+                return;
             }
         }
     });
     Ok(Sse::new(ReceiverStream::new(receiver)).keep_alive(KeepAlive::default().text("keep-alive")).into_response())
 }
 
+/// Waits for a change. False when nobody listens any more, or the server ends.
+async fn next_change(app: &App, changes: &mut watch::Receiver<Job>, sender: &mpsc::Sender<Result<Event, Infallible>>) -> bool {
+    loop {
+        tokio::select! {
+            changed = changes.changed() => return changed.is_ok(),
+            () = sender.closed() => return false,
+            () = app.shutdown.stopping() => return false,
+            // another server's job changes on disk only
+            () = tokio::time::sleep(LOOK_AGAIN) => { app.admin.jobs(); }
+        }
+    }
+}
+
 /// `GET /admin/v1/models`.
 pub async fn models(State(app): State<Arc<App>>) -> Result<Json<Value>, ApiError> {
     let active = app.slot.current().map(|served| served.id.clone());
-    let models = blocking(move || app.admin.registry.list(active.as_deref())).await?;
+    let models = blocking(move || {
+        app.admin.jobs();
+        app.admin.registry.list(active.as_deref())
+    })
+    .await?;
     Ok(Json(json!({"models": models})))
 }
 

@@ -21,6 +21,19 @@ struct Jobs {
     stopping: bool,
 }
 
+impl Jobs {
+    fn put(&mut self, job: Job) {
+        if let Some(entry) = self.entries.get_mut(&job.id) {
+            if entry.job != job {
+                entry.job = job.clone();
+                entry.changes.send_replace(job);
+            }
+        } else {
+            self.entries.insert(job.id.clone(), Entry::new(job));
+        }
+    }
+}
+
 /// A job and those who watch it.
 #[derive(Debug)]
 struct Entry {
@@ -35,22 +48,32 @@ impl Entry {
 }
 
 impl JobStore {
-    /// Reads the jobs of a data directory, and takes up again what was interrupted. Jobs that can't be read are left alone, with a
-    /// warning.
+    /// Reads the jobs of a data directory. Jobs that can't be read are left alone, with a warning.
     pub fn open(data: DataDir) -> Self {
-        let mut entries = BTreeMap::new();
-        for directory in std::fs::read_dir(data.jobs()).into_iter().flatten().flatten() {
-            let file = directory.path().join("job.json");
-            match data_dir::read_json::<Job>(&file) {
-                Ok(Some(mut job)) => {
-                    job.recover();
-                    entries.insert(job.id.clone(), Entry::new(job));
-                }
+        let store = Self { data, jobs: Mutex::default(), wake_runner: Condvar::new() };
+        store.refresh();
+        store
+    }
+
+    /// Reads them again: another process may have changed them.
+    pub fn refresh(&self) {
+        let mut jobs = self.lock();
+        for directory in std::fs::read_dir(self.data.jobs()).into_iter().flatten().flatten() {
+            match data_dir::read_json::<Job>(&directory.path().join("job.json")) {
+                Ok(Some(job)) => jobs.put(job),
                 Ok(None) => {}
                 Err(error) => tracing::warn!(%error, "a job is left out"),
             }
         }
-        Self { data, jobs: Mutex::new(Jobs { entries, stopping: false }), wake_runner: Condvar::new() }
+    }
+
+    /// For the process that runs the jobs from now on: takes up again what was interrupted.
+    pub fn recover(&self) {
+        self.refresh();
+        for entry in self.lock().entries.values_mut() {
+            entry.job.recover();
+            entry.changes.send_replace(entry.job.clone());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Jobs> {
@@ -190,6 +213,8 @@ mod tests {
 
         let store = JobStore::open(data);
         assert_eq!(store.list().len(), 2);
+        assert_eq!(store.get(&interrupted.id).unwrap().state, State::Running, "it may run in another process");
+        store.recover();
         assert_eq!(store.get(&running.id).unwrap().state, State::Done);
         assert_eq!(store.get(&interrupted.id).unwrap().state, State::Queued);
         assert_eq!(store.next().unwrap().attempts, 2);

@@ -58,6 +58,14 @@ impl Admin {
         self.runner.stop();
     }
 
+    /// The jobs as they are, also if another server runs them.
+    fn jobs(&self) -> &JobStore {
+        if self.runner.may_run().is_err() {
+            self.store.refresh();
+        }
+        &self.store
+    }
+
     /// The models.
     pub fn registry(&self) -> &Registry {
         &self.registry

@@ -1,6 +1,5 @@
 //! The models that can be served: the one that the server was started with (`base`), and what finished jobs have made.
 
-use crate::admin::job::State;
 use crate::admin::job_store::JobStore;
 use crate::admin::runner::is_checkpoint;
 use crate::data_dir::{self, StorageError};
@@ -53,9 +52,7 @@ impl Registry {
 
     /// Whether there is a model by that id.
     pub fn exists(&self, id: &str) -> bool {
-        id == BASE
-            || self.store.get(id).is_some_and(|job| job.state == State::Done)
-            || (self.store.get(id).is_some() && is_checkpoint(&self.store.data().run(id)))
+        id == BASE || (self.store.get(id).is_some() && is_checkpoint(&self.store.data().run(id)))
     }
 
     /// The options of `evop prune` that name a model; none for the bundled one.

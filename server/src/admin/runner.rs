@@ -3,7 +3,9 @@
 use crate::admin::child::{JobProcess, log_tail};
 use crate::admin::job::{Job, State};
 use crate::admin::job_store::JobStore;
+use crate::data_dir::{LockError, StorageError};
 use serde_json::Value;
+use std::fs::File;
 use std::io::BufRead;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// How long a job gets to save its state when it is cancelled, or the server stops.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often to ask for the right to run jobs while another process has it.
+const RETRY: Duration = Duration::from_millis(500);
 
 /// What the runner needs of the rest of the server.
 pub trait Surroundings: Send + Sync + 'static {
@@ -38,6 +42,8 @@ pub struct Runner {
     /// The running job, if there is one.
     current: Mutex<Option<Current>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// The right to run this data directory's jobs, or why this process doesn't have it.
+    right: Mutex<Result<File, LockError>>,
 }
 
 #[derive(Debug, Clone)]
@@ -58,7 +64,37 @@ enum Ending {
 impl Runner {
     /// A runner for these jobs; nothing runs until [`Self::start`].
     pub fn new(store: Arc<JobStore>) -> Self {
-        Self { store, current: Mutex::new(None), thread: Mutex::new(None) }
+        let right = store.data().lock();
+        match &right {
+            Ok(_) => store.recover(),
+            Err(error) => tracing::warn!(%error, "prune jobs don't run here"),
+        }
+        Self { store, current: Mutex::new(None), thread: Mutex::new(None), right: Mutex::new(right) }
+    }
+
+    /// Whether this process runs the jobs.
+    ///
+    /// # Errors
+    /// Why it doesn't.
+    pub fn may_run(&self) -> Result<(), LockError> {
+        self.right.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|_| ()).map_err(Clone::clone)
+    }
+
+    /// Waits for the right to run jobs: the server that has it may end. False when this one ends before.
+    fn wait_for_right(&self) -> bool {
+        while self.may_run().is_err() {
+            if self.store.is_stopping() {
+                return false;
+            }
+            std::thread::sleep(RETRY);
+            let right = self.store.data().lock();
+            if right.is_ok() {
+                tracing::info!("this server runs the prune jobs now");
+                self.store.recover();
+            }
+            *self.right.lock().unwrap_or_else(PoisonError::into_inner) = right;
+        }
+        true
     }
 
     /// Starts the thread. It ends when the store is stopped.
@@ -68,7 +104,7 @@ impl Runner {
     pub fn start(self: &Arc<Self>, surroundings: Arc<impl Surroundings>) -> std::io::Result<()> {
         let runner = Arc::clone(self);
         let thread = std::thread::Builder::new().name("evop-jobs".into()).spawn(move || {
-            while let Some(job) = runner.store.next() {
+            while let Some(job) = runner.next() {
                 runner.run(&job, surroundings.as_ref());
             }
         })?;
@@ -76,11 +112,15 @@ impl Runner {
         Ok(())
     }
 
+    fn next(&self) -> Option<Job> {
+        if self.wait_for_right() { self.store.next() } else { None }
+    }
+
     /// Cancels a job, whether it waits or runs. A running one gets a moment to save its state; this waits for that.
     ///
     /// # Errors
     /// The disk.
-    pub fn cancel(&self, id: &str) -> Result<(), crate::data_dir::StorageError> {
+    pub fn cancel(&self, id: &str) -> Result<(), StorageError> {
         if self.store.cancel_queued(id)? {
             return Ok(());
         }

@@ -8,11 +8,8 @@ use crate::data_dir::DataDir;
 use crate::metrics::Metrics;
 use crate::models::ModelSource;
 use crate::shutdown::{Shutdown, on_signals};
-use crate::{load, logging, router};
+use crate::{listener, load, logging, router};
 use anyhow::{Context, Result, bail};
-use axum::Router;
-use axum::serve::ListenerExt;
-use std::future::Future;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -51,13 +48,13 @@ async fn serve(config: ServeConfig, threads: usize) -> Result<()> {
     let app = Arc::new(App::new(config, names, metrics, shutdown.clone(), api_keys, admin_state));
 
     announce("evop", &public)?;
-    let public = serve_on(public, router::public(&app), &shutdown);
+    let public = tokio::spawn(listener::serve(public, router::public(&app), shutdown.clone()));
     let admin = match admin {
-        Some(listener) => {
-            announce("evop admin", &listener)?;
-            serve_on(listener, router::admin(&app, admin_keys), &shutdown)
+        Some(admin) => {
+            announce("evop admin", &admin)?;
+            tokio::spawn(listener::serve(admin, router::admin(&app, admin_keys), shutdown.clone()))
         }
-        None => tokio::spawn(std::future::ready(Ok(()))),
+        None => tokio::spawn(std::future::ready(())),
     };
     let loading = tokio::task::spawn_blocking({
         let app = Arc::clone(&app);
@@ -91,14 +88,14 @@ fn load_first(app: &App) -> Result<()> {
 }
 
 /// Running requests finish, or are ended when the patience is over; the running job saves its state meanwhile.
-async fn end(app: &Arc<App>, servers: [tokio::task::JoinHandle<std::io::Result<()>>; 2]) -> Result<()> {
+async fn end(app: &Arc<App>, servers: [tokio::task::JoinHandle<()>; 2]) -> Result<()> {
     let jobs = tokio::task::spawn_blocking({
         let app = Arc::clone(app);
         move || app.admin.stop()
     });
     let finished = async {
         for server in servers {
-            server.await.context("a listener")??;
+            server.await.context("a listener")?;
         }
         anyhow::Ok(())
     };
@@ -157,16 +154,4 @@ fn announce(what: &str, listener: &TcpListener) -> Result<()> {
         println!("{}", serde_json::json!({"message": message, "address": address.to_string()}));
     }
     Ok(())
-}
-
-fn serve_on(listener: TcpListener, router: Router, shutdown: &Shutdown) -> tokio::task::JoinHandle<std::io::Result<()>> {
-    // small chunks of a stream should leave at once
-    let listener = listener.tap_io(|stream| {
-        let _ = stream.set_nodelay(true);
-    });
-    let draining: Box<dyn Future<Output = ()> + Send + Unpin> = {
-        let shutdown = shutdown.clone();
-        Box::new(Box::pin(async move { shutdown.draining().await }))
-    };
-    tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(draining).await })
 }

@@ -124,6 +124,11 @@ impl Admission<'_> {
     /// Why the engine doesn't take it.
     pub fn submit(self, prompts: Vec<TokenizedPrompt>) -> Result<Generation, ApiError> {
         let limit = self.served.max_model_len();
+        let limits = self.served.engine.config();
+        let most = limits.max_queue + limits.max_concurrent;
+        if prompts.len() > most {
+            return Err(ApiError::invalid("prompt", format!("prompt: {} prompts are more than this server can ever take at once, {most}", prompts.len())));
+        }
         let lengths = prompts.iter().map(|p| self.max_tokens.resolve(p.tokens.len(), limit)).collect::<Result<Vec<_>, _>>()?;
         let mut submitted = Vec::with_capacity(prompts.len());
         for (prompt, max_tokens) in prompts.into_iter().zip(lengths) {

@@ -225,3 +225,11 @@ fn a_prompt_beyond_the_context_is_refused_before_anything_runs() {
     assert_eq!(server.complete(&json!({"prompt": "word ".repeat(20)})).ok()["choices"][0]["finish_reason"], "length");
     assert_eq!(server.metric("evop_kv_bytes_used"), 0.0);
 }
+
+#[test]
+fn more_prompts_than_can_ever_wait_are_refused_for_good() {
+    let server = Server::start(&["--max-concurrent", "2", "--max-queue", "3"]);
+    let ask = |n: usize| server.complete(&json!({"prompt": vec!["a"; n], "max_tokens": 1}));
+    check(&ask(6), 400, "prompt");
+    assert_eq!(ask(5).ok()["choices"].as_array().unwrap().len(), 5);
+}

@@ -7,10 +7,12 @@ mod chat;
 mod completions;
 mod errors;
 mod harness;
+mod interrupted;
 mod keys;
 
 mod lifecycle;
 mod load;
+mod models;
 mod operations;
 mod prune;
 mod swap;

@@ -177,3 +177,35 @@ fn an_idempotency_key_makes_one_job_of_two_requests() {
     assert_eq!(post(&json!({"options": small(), "activate": true})).status, 409);
     assert_eq!(server.admin("GET", "/admin/v1/jobs", None).ok()["jobs"].as_array().unwrap().len(), 1);
 }
+
+#[test]
+fn of_two_servers_on_one_data_directory_one_runs_the_jobs_and_the_other_takes_over() {
+    let data = tempfile::tempdir().unwrap();
+    let first = Server::start_on(data.path(), &[], &[]);
+    let id = submit(&first, &json!({"options": long()}));
+    wait_until_searching(&first, &id);
+    let second = Server::start_on(data.path(), &[], &[]);
+    assert_eq!(job(&second, &id)["state"], "running");
+    let refused = second.admin("POST", "/admin/v1/prune", Some(&json!({})));
+    assert_eq!(refused.status, 409, "{}", refused.body);
+    assert!(refused.body.contains("another server"), "{}", refused.body);
+    assert_eq!(processes(data.path()), 1);
+    drop(first);
+    wait_until_searching(&second, &id);
+    assert_eq!(processes(data.path()), 1);
+    assert_eq!(job(&second, &id)["attempts"], 2);
+}
+
+#[test]
+fn a_pruned_model_can_be_pruned_further() {
+    let data = tempfile::tempdir().unwrap();
+    let server = Server::start_on(data.path(), &[], &[]);
+    let first = submit(&server, &json!({"options": small()}));
+    wait_until(&server, &first, "done");
+    let second = submit(&server, &json!({"options": small(), "model": first, "activate": true}));
+    wait_until(&server, &second, "done");
+    let models = server.admin("GET", "/admin/v1/models", None).ok()["models"].clone();
+    let parameters: Vec<u64> = models.as_array().unwrap().iter().map(|m| m["checkpoint"]["parameters"].as_u64().unwrap()).collect();
+    assert!(parameters[0] > parameters[1] && parameters[1] > parameters[2], "{parameters:?}");
+    assert_eq!((&models[2]["parent"], &models[2]["active"]), (&json!(first), &json!(true)));
+}

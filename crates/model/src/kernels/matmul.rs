@@ -1,13 +1,15 @@
 //! f32 x W^T on the CPU, for one row and for thousands, over whole matrices and over views of them.
 
-use super::dot::{self, RowMajor, TILE_B};
+use super::dot::{self, RowMajor, TILE_A, TILE_B};
 use super::{SharedOut, with_slice};
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
 use rayon::prelude::*;
 
-/// Rows of x that a task works on at a time, so that they stay in the second-level cache (in f32 elements).
-const X_BLOCK_ELEMENTS: usize = 64 * 1024;
+/// Rows of x that are multiplied together stay in the first-level cache (in f32 elements), ...
+const X_BLOCK_ELEMENTS: usize = 5 * 1024;
+/// ... and the rows of W that a task multiplies them with in the second-level cache, where every block of x finds them again.
+const W_PANEL_ELEMENTS: usize = 48 * 1024;
 /// Multiply-adds below which splitting over threads costs more than it saves.
 const SERIAL_BELOW: usize = 32 * 1024;
 
@@ -45,9 +47,9 @@ pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 fn multiply(x: &[f32], w: &[f32], w_stride: usize, rows: usize, out: usize, k: usize, y: &mut [f32]) {
     let (a, b) = (x.as_ptr() as usize, w.as_ptr() as usize);
     let target = SharedOut(y.as_mut_ptr());
-    // a task: a range of output columns, over blocks of rows that fit the cache
-    let columns_task = |from: usize, to: usize| {
-        let block = (X_BLOCK_ELEMENTS / k.max(1)).clamp(1, rows.max(1));
+    // a task: a panel of output columns, over blocks of rows
+    let block = (X_BLOCK_ELEMENTS / k.max(1) / TILE_A * TILE_A).max(TILE_A);
+    let panel_task = |from: usize, to: usize| {
         for start in (0..rows).step_by(block) {
             let count = block.min(rows - start);
             // SAFETY: rows start..start+count of x, rows from..to of w, and the same part of y, which no other task has
@@ -59,12 +61,14 @@ fn multiply(x: &[f32], w: &[f32], w_stride: usize, rows: usize, out: usize, k: u
         }
     };
     let threads = rayon::current_num_threads();
-    if threads == 1 || rows * out * k < SERIAL_BELOW {
-        return columns_task(0, out);
-    }
+    // one row is read once whatever the panel: then the panels only share out the columns
+    let panel = if rows > block { W_PANEL_ELEMENTS / k.max(1) } else { out };
     // a few tasks a thread even out their ends; whole tiles each
-    let per_task = out.div_ceil(threads * 4).next_multiple_of(TILE_B).max(24);
-    (0..out.div_ceil(per_task)).into_par_iter().for_each(|task| columns_task(task * per_task, out.min((task + 1) * per_task)));
+    let shared = if threads == 1 || rows * out * k < SERIAL_BELOW { out } else { out.div_ceil(threads * 4) };
+    let panel = panel.min(shared).next_multiple_of(TILE_B).max(8 * TILE_B);
+    let task = |i: usize| panel_task(i * panel, out.min((i + 1) * panel));
+    let tasks = out.div_ceil(panel);
+    if shared == out { (0..tasks).for_each(task) } else { (0..tasks).into_par_iter().for_each(task) }
 }
 
 #[cfg(test)]

@@ -43,7 +43,15 @@ pub fn prune(directory: &Path, options: &PruneOptions, on_step: &mut dyn FnMut(S
     let (checkpoint, decoder) = tiny();
     let sha = checkpoint::fingerprint(checkpoint.source().as_ref())?;
     if !directory.join("run.json").exists() {
-        let run = Run { model: None, revision: None, model_sha256: sha.clone(), calibration: None, eval_text: None, options: options.clone(), version: "test".into() };
+        let run = Run {
+            model: None,
+            revision: None,
+            model_sha256: sha.clone(),
+            calibration: None,
+            eval_text: None,
+            options: options.clone(),
+            version: "test".into(),
+        };
         run::begin(directory, &run, checkpoint.config())?;
     }
     let corpus = book("calibration.txt.gz", 200_000);
