@@ -69,8 +69,11 @@ fn explain(id: &str, revision: Option<&str>, error: HFError) -> anyhow::Error {
         HFError::AuthRequired { .. } | HFError::Forbidden { .. } => {
             format!("{id} needs permission: accept its terms on its page of the hub and put a token into HF_TOKEN")
         }
-        HFError::RepoNotFound { .. } => format!("the hub has no model {id} (or it is private: put a token into HF_TOKEN)"),
-        HFError::RevisionNotFound { .. } => format!("{id} has no revision {}", revision.unwrap_or("main")),
+        // the hub's answer doesn't always tell the two apart
+        HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. } => {
+            let revision = revision.map_or_else(String::new, |revision| format!(", or it has no revision {revision}"));
+            format!("the hub has no model {id}{revision} (if it is private: put a token into HF_TOKEN)")
+        }
         HFError::RateLimited { .. } => format!("the hub limits the rate of requests while fetching {id}: try again later, or put a token into HF_TOKEN"),
         HFError::Io(_) => format!("{id} can't be written to the cache (HF_HOME says where it is)"),
         _ => format!("{id} can't be fetched from the hub"),
@@ -99,7 +102,8 @@ impl ProgressHandler for Bar {
     fn on_progress(&self, event: &ProgressEvent) {
         let ProgressEvent::Download(event) = event else { return };
         match event {
-            DownloadEvent::Start { total_files, total_bytes } if *total_bytes > 0 => {
+            // the first is about all files, and one about each follows
+            DownloadEvent::Start { total_files, total_bytes } if *total_bytes > 0 && self.bar.length().is_none() => {
                 tracing::info!(files = total_files, bytes = total_bytes, "downloading");
                 self.bar.set_length(*total_bytes);
             }
@@ -112,8 +116,7 @@ impl ProgressHandler for Bar {
                 self.bar.set_position(seen.values().sum());
             }
             DownloadEvent::AggregateProgress { bytes_completed, .. } => self.bar.set_position(self.bar.position().max(*bytes_completed)),
-            DownloadEvent::Complete => self.bar.finish_and_clear(),
-            DownloadEvent::Start { .. } => {}
+            DownloadEvent::Start { .. } | DownloadEvent::Complete => {}
         }
     }
 }

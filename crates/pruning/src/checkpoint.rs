@@ -1,7 +1,7 @@
 //! Writing what a pattern leaves as a Hugging Face checkpoint that other tools load too.
 //!
 //! Whole layers only: a plain config of the parent's family with fewer layers. Anything else: transformers' `per_layer_config`, with the
-//! modelling file that builds each layer from it, and an architecture that stock code can't mistake for a plain one.
+//! modelling file that builds each layer from it, and a `model_type` of our own: stock code given the parent's would load it silently wrong.
 
 use crate::storage;
 use crate::{Error, Result};
@@ -93,6 +93,9 @@ fn plan(parent: &Checkpoint, pattern: &Pattern) -> Result<Plan> {
     let mut config = pruned;
     config.layers = kept.iter().map(|l| config.layers[*l].clone()).collect();
     let heterogeneous = config.layers.iter().any(|l| l.shape != config.layers[0].shape || l.shape.kv_groups == 0 || l.shape.ffn == 0);
+    if heterogeneous && config.architecture == Architecture::Opt {
+        return Err(Error::option("--space", "an OPT model whose layers differ can't be written for other tools yet: expected layer"));
+    }
     let json = config_json(&config, parent.config(), &kept, heterogeneous, dtype_name(source.as_ref(), tensors.values()));
     Ok(Plan { config: json, heterogeneous, tensors })
 }
@@ -120,6 +123,7 @@ fn config_json(config: &Config, parent: &Config, kept: &[usize], heterogeneous: 
         "layer_inter_size",
         "layer_head_num",
         "auto_map",
+        "evop_group_size",
         "_name_or_path",
         "dtype",
     ] {
@@ -174,8 +178,12 @@ fn config_json(config: &Config, parent: &Config, kept: &[usize], heterogeneous: 
     }
     set("per_layer_config", Value::Object(overrides));
     set("allow_global_per_layer_attribute_access", json!(true));
-    set("architectures", json!([format!("Evop{plain}")]));
-    set("auto_map", json!({ "AutoModelForCausalLM": format!("modeling_evop.Evop{plain}") }));
+    // stock code goes by model_type alone, and would fill what is missing with random numbers: a type of our own makes it refuse
+    set("model_type", json!(format!("evop_{}", config.architecture.model_type())));
+    set("evop_group_size", json!(group_size));
+    let ours = format!("Evop{plain}");
+    set("auto_map", json!({ "AutoConfig": format!("modeling_evop.{}", ours.replace("ForCausalLM", "Config")), "AutoModelForCausalLM": format!("modeling_evop.{ours}") }));
+    set("architectures", json!([ours]));
     json
 }
 

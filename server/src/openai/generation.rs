@@ -230,8 +230,8 @@ impl Generation {
             }
             (kind @ OutputKind::Finished { .. }, Some(_)) if output.index == 0 => {
                 // the choice that was to bring them has ended without
-                part.waiting = None;
-                self.take(index, StepOutput { index: 0, kind });
+                let held = part.waiting.take().unwrap_or_default();
+                held.into_iter().chain([StepOutput { index: 0, kind }]).for_each(|output| self.take(index, output));
             }
             (kind, Some(held)) => held.push(StepOutput { index: output.index, kind }),
             (kind, None) => self.advance(index, output.index, kind),

@@ -65,3 +65,13 @@ fn a_model_that_is_not_there_is_not_activated() {
     assert_eq!(answer.status, 404, "{}", answer.body);
     assert_eq!(server.greedy("a", 2), server.greedy("a", 2));
 }
+
+#[test]
+fn a_model_that_does_not_fit_beside_the_current_one_is_a_409_with_the_numbers() {
+    let server = Server::start(&["--kv-memory", "900TiB"]);
+    let answer = server.admin("POST", "/admin/v1/models/base/activate", None);
+    assert_eq!(answer.status, 409, "{}", answer.body);
+    let message = answer.json()["error"]["message"].as_str().unwrap().to_string();
+    assert!(message.contains("needs 9437") && message.contains("MiB are free"), "{message}");
+    assert_eq!(server.complete(&json!({"prompt": "a", "max_tokens": 1})).status, 200);
+}
