@@ -182,7 +182,10 @@ fn config_json(config: &Config, parent: &Config, kept: &[usize], heterogeneous: 
     set("model_type", json!(format!("evop_{}", config.architecture.model_type())));
     set("evop_group_size", json!(group_size));
     let ours = format!("Evop{plain}");
-    set("auto_map", json!({ "AutoConfig": format!("modeling_evop.{}", ours.replace("ForCausalLM", "Config")), "AutoModelForCausalLM": format!("modeling_evop.{ours}") }));
+    set(
+        "auto_map",
+        json!({ "AutoConfig": format!("modeling_evop.{}", ours.replace("ForCausalLM", "Config")), "AutoModelForCausalLM": format!("modeling_evop.{ours}") }),
+    );
     set("architectures", json!([ours]));
     json
 }
