@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use std::any::Any;
 use std::sync::Arc;
+use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
 
 /// The public API.
@@ -54,9 +55,13 @@ fn finished(app: &Arc<App>, router: Router<Arc<App>>) -> Router {
     router
         .fallback(|| async { ApiError::not_found("there is nothing at this path") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
-        .layer(DefaultBodyLimit::max(app.config.max_body_size.0))
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(from_fn_with_state(Arc::clone(app), observe))
+        .layer(
+            // outermost first
+            ServiceBuilder::new()
+                .layer(from_fn_with_state(Arc::clone(app), observe))
+                .layer(CatchPanicLayer::custom(panicked))
+                .layer(DefaultBodyLimit::max(app.config.max_body_size.0)),
+        )
         .with_state(Arc::clone(app))
 }
 

@@ -49,7 +49,7 @@ fn a_pattern_is_never_evaluated_twice() {
     let (checkpoint, decoder) = tiny();
     let dense = Pattern::dense(checkpoint.config());
     let mut evaluator = Evaluator::new(&decoder, &sequences(), HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
-    let patterns = [dense.clone(), dense.without(0), dense.clone()];
+    let patterns = [dense.clone(), dense.without(0), dense];
     evaluator.evaluate(&patterns).unwrap();
     evaluator.evaluate(&patterns).unwrap();
     let work = evaluator.work();
