@@ -15,7 +15,10 @@ pub(crate) fn write_with(path: &Path, fill: impl FnOnce(&Path) -> std::io::Resul
     name.push(".part");
     let part = path.with_file_name(name);
     let result = (|| {
+        // what writes the file may choose other permissions than the user's umask does (safetensors takes 0600)
+        let permissions = File::create(&part)?.metadata()?.permissions();
         fill(&part)?;
+        std::fs::set_permissions(&part, permissions)?;
         File::open(&part)?.sync_all()?;
         std::fs::rename(&part, path)?;
         path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
