@@ -1,6 +1,6 @@
 //! What a decoder, pruned or dense, **is**: its configuration, its weights and its forward pass.
 //!
-//! The search ([`evop-pruning`]) and the server ([`evop-serving`]) both run the [`Decoder`] of this crate, so a
+//! The search (`evop-pruning`) and the server (`evop-serving`) both run the [`Decoder`] of this crate, so a
 //! [`Pattern`] that was scored in the search is, by construction, the model that is served.
 //!
 //! ```no_run
@@ -14,9 +14,6 @@
 //! let logits = decoder.logits(&hidden)?;                          // [tokens, vocab_size], f32
 //! # Ok(()) }
 //! ```
-//!
-//! [`evop-pruning`]: https://docs.rs/evop-pruning
-//! [`evop-serving`]: https://docs.rs/evop-serving
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
