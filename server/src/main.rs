@@ -43,11 +43,13 @@ enum Command {
     /// Prunes the bundled model with EvoP, serves it and asks it something: the whole path in one command.
     Quickstart(commands::quickstart::QuickstartArgs),
     /// Searches what a model can do without, and writes the pruned checkpoint.
-    Prune(Box<commands::prune::PruneArgs>),
-    /// Computes the perplexity of a text.
+    Prune(Box<commands::prune_args::PruneArgs>),
+    /// Computes the perplexity of a text, or scores multiple-choice tasks as lm-evaluation-harness does.
     Eval(commands::eval::EvalArgs),
     /// Shows what a checkpoint has, layer by layer.
     Inspect(commands::inspect::InspectArgs),
+    /// Writes a checkpoint in another format: for transformers, vLLM or llama.cpp.
+    Export(commands::export::ExportArgs),
     /// Compares an accelerator's logits and greedy tokens with the CPU's.
     #[command(hide = true)]
     CompareDevices(commands::compare_devices::CompareDevicesArgs),
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
         Command::Prune(args) => commands::prune::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
+        Command::Export(args) => commands::export::run(&args),
         Command::CompareDevices(args) => commands::compare_devices::run(&args),
         Command::Serve(config) => commands::serve::run(*config, threads),
         Command::Health(args) => commands::health::run(&args),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks crates/pruning/src/modeling_evop.py, the code by which Hugging Face transformers runs a checkpoint whose layers differ.
+"""Checks crates/pruning/src/checkpoint/modeling_evop.py, the code by which Hugging Face transformers runs a checkpoint whose layers differ.
 
 usage: hf_heterogeneous.py [PARENT_DIR ...]
 
@@ -24,7 +24,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, logging
 
-MODELING = pathlib.Path(__file__).resolve().parents[2] / "crates/pruning/src/modeling_evop.py"
+MODELING = pathlib.Path(__file__).resolve().parents[2] / "crates/pruning/src/checkpoint/modeling_evop.py"
 STOCK = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PARTS = {"attention": ("self_attn.", "input_layernorm."), "mlp": ("mlp.", "post_attention_layernorm.")}
 failures = 0
@@ -197,19 +197,19 @@ def check_one(name, parent, pattern, folder):
 
 def make_parents(folder):
     """Small random models; windows short enough to matter at 40 tokens."""
-    common = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2,
+    common = dict(vocab_size=300, hidden_size=64, intermediate_size=512, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2,
                   max_position_embeddings=128, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     mixed = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     windows = dict(use_sliding_window=True, sliding_window=12, max_window_layers=0)
     cases = {
-        "llama": {}, "mistral": {"sliding_window": 12}, "mistral-full": {"sliding_window": None},
+        "llama": {}, "llama-heads": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}, "mistral": {"sliding_window": 12}, "mistral-full": {"sliding_window": None},
         "qwen2": {}, "qwen2-mixed": windows | {"layer_types": mixed},
         # no attention slides any more once those of layers 0 and 3 are gone
         "qwen3": {"head_dim": 32}, "qwen3-mixed": windows | {"layer_types": ["sliding_attention", *mixed[1:5], "full_attention", "full_attention"]},
     }
     for name, options in cases.items():
         torch.manual_seed(len(name))
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **common, **options), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.split("-")[0], **(common | options)), dtype=torch.float32)
         for parameter in model.parameters():
             # the usual 0.02 would make every layer's share of the logits vanish beside the embedding's
             parameter.data.normal_(0, 0.15).add_(1.0 if parameter.dim() == 1 else 0.0)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a checkpoint on a free port with a key, and runs the official openai client's script against it.
+# Serves a checkpoint on a free port with a key, and runs the official openai client's script against it; then compares evop eval with lm-evaluation-harness.
 # usage: run.sh PYTHON EVOP MODEL_DIR
 set -euo pipefail
 python=$1 evop=$2 model=$3
@@ -15,3 +15,4 @@ for _ in $(seq 200); do
   sleep 0.1
 done
 "$python" "$here/openai_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
+"$python" "$here/lm_eval_tasks.py" "$evop" "$here/../../models/tiny"

@@ -56,7 +56,11 @@ pub struct Checkpoint {
     tokenizer_files: Vec<(String, Vec<u8>)>,
     chat_template: Option<ChatTemplate>,
     generation: GenerationConfig,
+    provenance: Option<Value>,
 }
+
+/// What `evop prune` and `evop export` say of where a checkpoint came from.
+const PROVENANCE: &str = "evop.json";
 
 /// Files that a copy of the checkpoint takes along unchanged.
 const COMPANIONS: [&str; 9] = [
@@ -72,7 +76,7 @@ const COMPANIONS: [&str; 9] = [
 ];
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory or a `.gguf` file, and checks that its tensors are those that its config asks for.
+    /// Opens a Hugging Face directory, a `.gguf` file or a directory that holds one, and checks that its tensors are those that its config asks for.
     ///
     /// # Errors
     /// One that names the file, what was expected and what was found.
@@ -86,6 +90,11 @@ impl Checkpoint {
         }
         if let Some(unfinished) = unfinished(path) {
             return Err(Error::NotACheckpoint { path: path.to_path_buf(), message: unfinished });
+        }
+        if let Some(file) = lone_gguf(path)? {
+            let mut checkpoint = gguf::open(&file)?;
+            checkpoint.provenance = provenance(path)?.or(checkpoint.provenance);
+            return Ok(checkpoint);
         }
         let read = |name: &str| -> Result<Option<String>> {
             let file = path.join(name);
@@ -116,6 +125,7 @@ impl Checkpoint {
             tokenizer_config: read("tokenizer_config.json")?,
             template_file: read("chat_template.jinja")?,
             generation_config: read("generation_config.json")?,
+            provenance: provenance(path)?,
         };
         parts.assemble()
     }
@@ -138,6 +148,7 @@ impl Checkpoint {
             tokenizer_config: Some(files.tokenizer_config.to_string()),
             template_file: None,
             generation_config: Some(files.generation_config.to_string()),
+            provenance: None,
             path,
         };
         parts.assemble()
@@ -176,6 +187,11 @@ impl Checkpoint {
     /// Suggested sampling.
     pub fn generation(&self) -> &GenerationConfig {
         &self.generation
+    }
+
+    /// What `evop.json` says of where it came from, if it was pruned.
+    pub fn provenance(&self) -> Option<&Value> {
+        self.provenance.as_ref()
     }
 
     /// Token ids of a text, special tokens in it recognised; `add_special_tokens` adds what the model expects around a sequence.
@@ -219,6 +235,33 @@ fn unfinished(path: &Path) -> Option<String> {
     started.then(|| format!("a pruning run that has not finished: go on with `evop prune --resume {}`", path.display()))
 }
 
+/// The GGUF file of a directory without a config.json, if there is just one.
+fn lone_gguf(directory: &Path) -> Result<Option<PathBuf>> {
+    if directory.join("config.json").exists() {
+        return Ok(None);
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(|e| Error::io(directory, e))? {
+        let path = entry.map_err(|e| Error::io(directory, e))?.path();
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            found.push(path);
+        }
+    }
+    match found.len() {
+        0 | 1 => Ok(found.pop()),
+        n => Err(Error::NotACheckpoint { path: directory.to_path_buf(), message: format!("holds {n} .gguf files: name one of them") }),
+    }
+}
+
+fn provenance(directory: &Path) -> Result<Option<Value>> {
+    let path = directory.join(PROVENANCE);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text).map(Some).map_err(|e| Error::config(&path, format!("not valid JSON: {e}"))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(&path, e)),
+    }
+}
+
 pub(crate) struct Parts {
     pub path: PathBuf,
     pub config: Config,
@@ -228,6 +271,7 @@ pub(crate) struct Parts {
     pub tokenizer_config: Option<String>,
     pub template_file: Option<String>,
     pub generation_config: Option<String>,
+    pub provenance: Option<Value>,
 }
 
 impl Parts {
@@ -257,6 +301,7 @@ impl Parts {
             tokenizer_files: self.tokenizer_files,
             chat_template,
             generation,
+            provenance: self.provenance,
         })
     }
 }

@@ -88,7 +88,7 @@ pub enum ShapeOrigin {
     PerLayerConfig,
     /// Nemotron-NAS / Puzzletron `block_configs`.
     BlockConfigs,
-    /// Lists with a value a layer (`layer_inter_size`, `layer_head_num`, `intermediate_size` as a list).
+    /// Lists with a value a layer (`layer_inter_size`, `layer_head_num`, `intermediate_size` as a list; a GGUF's arrays).
     PerLayerLists,
     /// The config says nothing; the tensors themselves.
     Tensors,

@@ -6,59 +6,26 @@
 use crate::attention::AttentionSpec;
 use crate::batch::{Batch, Span};
 use crate::cache::KvCache;
-use crate::config::{Activation, Config, LayerShape, Positions};
-use crate::kernels;
+use crate::config::{Config, LayerShape, Positions};
 use crate::linear::{Linear, Norm};
 use crate::pattern::{Gene, Pattern};
 use crate::source::{Source, TensorNames};
+use crate::sub_block::{Inner, SubBlock};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::rotary_emb::rope_thd;
 use std::ops::Range;
-
-/// One attention sub-block with its norm.
-#[derive(Debug, Clone)]
-pub struct Attention {
-    norm: Norm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    /// Qwen3's norms of every query and key head.
-    qk_norm: Option<(Norm, Norm)>,
-    spec: AttentionSpec,
-}
-
-/// One MLP sub-block with its norm.
-#[derive(Debug, Clone)]
-pub struct Mlp {
-    norm: Norm,
-    /// Gated families only.
-    gate: Option<Linear>,
-    up: Linear,
-    down: Linear,
-    activation: Activation,
-}
-
-/// One decoder layer; an absent sub-block is the identity on the residual stream.
-#[derive(Debug, Clone)]
-pub struct Layer {
-    /// Self-attention.
-    pub attention: Option<Attention>,
-    /// Feed-forward network.
-    pub mlp: Option<Mlp>,
-}
 
 /// A model on a device. Cloning and masking share the weights.
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: Config,
-    embedding: Tensor,
+    pub(crate) embedding: Tensor,
     /// Learned positions (OPT).
-    positions: Option<Tensor>,
-    layers: Vec<Layer>,
-    final_norm: Option<Norm>,
-    head: Linear,
+    pub(crate) positions: Option<Tensor>,
+    /// Two a layer, attention first; an absent one is the identity on the residual stream.
+    sub_blocks: Vec<Option<SubBlock>>,
+    pub(crate) final_norm: Option<Norm>,
+    pub(crate) head: Linear,
     device: Device,
     dtype: DType,
 }
@@ -82,40 +49,43 @@ impl Decoder {
         let norm = |name: &str, width: usize| Norm::load(source, name, width, config.norm, config.norm_eps, dtype, device);
         let linear = |name: String, out: usize, input: usize, bias: bool| Linear::load(source, &name, out, input, bias, dtype, device);
         let d = config.head_dim;
-        let mut layers = Vec::with_capacity(config.num_layers());
+        let mut sub_blocks = Vec::with_capacity(2 * config.num_layers());
         for (l, layer) in config.layers.iter().enumerate() {
             let LayerShape { kv_groups, group_size, ffn } = layer.shape;
             let heads = kv_groups * group_size;
-            let attention = if kv_groups == 0 {
+            sub_blocks.push(if kv_groups == 0 {
                 None
             } else {
                 let head_norm = |name: String| Norm::load(source, &name, d, crate::NormKind::Rms, config.norm_eps, dtype, device);
-                Some(Attention {
+                Some(SubBlock {
                     norm: norm(&names.attention_norm(l), hidden)?,
-                    q: linear(names.q(l), heads * d, hidden, config.qkv_bias)?,
-                    k: linear(names.k(l), kv_groups * d, hidden, config.qkv_bias)?,
-                    v: linear(names.v(l), kv_groups * d, hidden, config.qkv_bias)?,
-                    o: linear(names.o(l), hidden, heads * d, config.output_bias)?,
-                    qk_norm: if config.qk_norm { Some((head_norm(names.q_norm(l))?, head_norm(names.k_norm(l))?)) } else { None },
-                    spec: AttentionSpec { kv_groups, group_size, head_dim: d, scale: (d as f32).sqrt().recip(), window: layer.sliding_window },
+                    inner: Inner::Attention {
+                        q: linear(names.q(l), heads * d, hidden, config.qkv_bias)?,
+                        k: linear(names.k(l), kv_groups * d, hidden, config.qkv_bias)?,
+                        v: linear(names.v(l), kv_groups * d, hidden, config.qkv_bias)?,
+                        qk_norm: if config.qk_norm { Some((head_norm(names.q_norm(l))?, head_norm(names.k_norm(l))?)) } else { None },
+                        spec: AttentionSpec { kv_groups, group_size, head_dim: d, scale: (d as f32).sqrt().recip(), window: layer.sliding_window },
+                    },
+                    output: linear(names.o(l), hidden, heads * d, config.output_bias)?,
                 })
-            };
-            let mlp = if ffn == 0 {
+            });
+            sub_blocks.push(if ffn == 0 {
                 None
             } else {
-                Some(Mlp {
+                Some(SubBlock {
                     norm: norm(&names.mlp_norm(l), hidden)?,
-                    gate: if config.gated_mlp { Some(linear(names.gate(l), ffn, hidden, config.mlp_bias)?) } else { None },
-                    up: linear(names.up(l), ffn, hidden, config.mlp_bias)?,
-                    down: linear(names.down(l), hidden, ffn, config.mlp_bias)?,
-                    activation: config.activation,
+                    inner: Inner::Mlp {
+                        gate: if config.gated_mlp { Some(linear(names.gate(l), ffn, hidden, config.mlp_bias)?) } else { None },
+                        up: linear(names.up(l), ffn, hidden, config.mlp_bias)?,
+                        activation: config.activation,
+                    },
+                    output: linear(names.down(l), hidden, ffn, config.mlp_bias)?,
                 })
-            };
-            layers.push(Layer { attention, mlp });
+            });
         }
         let final_norm = if config.pre_norm { Some(norm(names.final_norm(), hidden)?) } else { None };
-        let head = if config.tie_word_embeddings { Linear::from_weight(embedding.clone()) } else { linear(names.head().to_string(), vocab, hidden, false)? };
-        Ok(Self { config: config.clone(), embedding, positions, layers, final_norm, head, device: device.clone(), dtype })
+        let head = if config.tie_word_embeddings { Linear::new(embedding.clone(), None)? } else { linear(names.head().to_string(), vocab, hidden, false)? };
+        Ok(Self { config: config.clone(), embedding, positions, sub_blocks, final_norm, head, device: device.clone(), dtype })
     }
 
     /// The same weights under a pattern: views, no copies.
@@ -124,8 +94,21 @@ impl Decoder {
     /// [`Error::Pattern`] when the pattern is for a model of another depth or keeps more than there is.
     pub fn masked(&self, pattern: &Pattern) -> Result<Self> {
         let pattern = Pattern::new(pattern.layers().to_vec(), &self.config)?;
-        let layers = self.layers.iter().zip(pattern.layers()).map(|(layer, gene)| layer.masked(*gene)).collect::<Result<_>>()?;
-        Ok(Self { config: self.config.with_pattern(&pattern), layers, ..self.clone() })
+        let widths = pattern.layers().iter().flat_map(|gene| [gene.kv_groups, gene.ffn]);
+        let narrowed = |(block, width): (&Option<SubBlock>, usize)| block.as_ref().filter(|_| width > 0).map(|b| b.narrowed(width)).transpose();
+        let sub_blocks = self.sub_blocks.iter().zip(widths).map(narrowed).collect::<Result<_>>()?;
+        Ok(Self { config: self.config.with_pattern(&pattern), sub_blocks, ..self.clone() })
+    }
+
+    /// The same embedding, norm and head around other sub-blocks (two a layer, attention first).
+    ///
+    /// # Errors
+    /// [`Error::Pattern`] when their number differs or one is wider than this decoder's.
+    pub fn with_sub_blocks(&self, sub_blocks: Vec<Option<SubBlock>>) -> Result<Self> {
+        let width = |s: usize| sub_blocks.get(s).and_then(Option::as_ref).map_or(0, SubBlock::width);
+        let genes = (0..sub_blocks.len() / 2).map(|l| Gene { kv_groups: width(2 * l), ffn: width(2 * l + 1) }).collect();
+        let pattern = Pattern::new(genes, &self.config)?;
+        Ok(Self { config: self.config.with_pattern(&pattern), sub_blocks, ..self.clone() })
     }
 
     /// The configuration of what this decoder computes (under its mask, if it has one).
@@ -143,14 +126,14 @@ impl Decoder {
         self.dtype
     }
 
-    /// The layers.
-    pub fn layers(&self) -> &[Layer] {
-        &self.layers
+    /// Sub-block `s` (0: attention of layer 0, 1: its MLP, 2: attention of layer 1, …), `None` where it is absent.
+    pub fn sub_block(&self, s: usize) -> Option<&SubBlock> {
+        self.sub_blocks.get(s).and_then(Option::as_ref)
     }
 
     /// Sub-block boundaries: 2 x layers.
     pub fn last_boundary(&self) -> usize {
-        2 * self.layers.len()
+        self.sub_blocks.len()
     }
 
     /// Prepares a pass over these spans.
@@ -189,28 +172,29 @@ impl Decoder {
     /// Runs the sub-blocks between two boundaries on the residual stream, [tokens, hidden] -> [tokens, hidden].
     pub fn forward_range(&self, hidden: Tensor, boundaries: Range<usize>, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
         let mut hidden = hidden;
-        for boundary in boundaries {
-            let layer = &self.layers[boundary / 2];
-            if boundary.is_multiple_of(2) {
-                if let Some(attention) = &layer.attention {
-                    hidden = self.residual(hidden, &attention.norm, |x| attention.forward(x, boundary / 2, batch, cache))?;
-                }
-            } else if let Some(mlp) = &layer.mlp {
-                hidden = self.residual(hidden, &mlp.norm, |x| mlp.forward(x))?;
+        for s in boundaries {
+            if let Some(block) = self.sub_block(s) {
+                hidden = self.apply(block, s, &hidden, batch, cache)?;
             }
         }
         Ok(hidden)
     }
 
-    /// x + f(norm(x)), or norm(x + f(x)) where the family normalises last.
-    fn residual(&self, hidden: Tensor, norm: &Norm, f: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
-        if self.config.pre_norm {
-            let update = f(&norm.forward(&hidden)?)?;
-            Ok((hidden + update)?)
-        } else {
-            let update = f(&hidden)?;
-            norm.forward(&(hidden + update)?)
-        }
+    /// Runs `block` in the place of sub-block `s` on the residual stream, [tokens, hidden] -> [tokens, hidden].
+    pub fn apply(&self, block: &SubBlock, s: usize, hidden: &Tensor, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
+        let update = block.output().forward(&self.inner(block, s, hidden, batch, cache)?)?;
+        self.add(block, hidden, &update)
+    }
+
+    /// What `block` gives to its output layer in the place of sub-block `s`: [tokens, hidden] -> [tokens, width * unit].
+    pub fn inner(&self, block: &SubBlock, s: usize, hidden: &Tensor, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
+        if self.config.pre_norm { block.inner(&block.norm.forward(hidden)?, s / 2, batch, cache) } else { block.inner(hidden, s / 2, batch, cache) }
+    }
+
+    /// The residual stream after a sub-block whose output layer gave `update`.
+    pub fn add(&self, block: &SubBlock, hidden: &Tensor, update: &Tensor) -> Result<Tensor> {
+        let sum = (hidden + update)?;
+        if self.config.pre_norm { Ok(sum) } else { block.norm.forward(&sum) }
     }
 
     /// Embedding and all layers: [tokens, hidden], before the final norm.
@@ -226,91 +210,5 @@ impl Decoder {
             None => hidden.clone(),
         };
         Ok(self.head.forward(&normed)?.to_dtype(DType::F32)?)
-    }
-}
-
-impl Layer {
-    fn masked(&self, gene: Gene) -> Result<Self> {
-        let attention = match &self.attention {
-            Some(attention) if gene.kv_groups > 0 => Some(attention.narrowed(gene.kv_groups)?),
-            _ => None,
-        };
-        let mlp = match &self.mlp {
-            Some(mlp) if gene.ffn > 0 => Some(mlp.narrowed(gene.ffn)?),
-            _ => None,
-        };
-        Ok(Self { attention, mlp })
-    }
-}
-
-impl Attention {
-    /// The first `kv_groups` groups with their query heads, as views.
-    fn narrowed(&self, kv_groups: usize) -> Result<Self> {
-        let spec = AttentionSpec { kv_groups, ..self.spec };
-        let (q_width, kv_width) = (spec.heads() * spec.head_dim, kv_groups * spec.head_dim);
-        Ok(Self {
-            q: self.q.narrow_out(q_width)?,
-            k: self.k.narrow_out(kv_width)?,
-            v: self.v.narrow_out(kv_width)?,
-            o: self.o.narrow_in(q_width)?,
-            spec,
-            ..self.clone()
-        })
-    }
-
-    /// Normed x [tokens, hidden] -> update [tokens, hidden].
-    fn forward(&self, x: &Tensor, layer: usize, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
-        let AttentionSpec { kv_groups, head_dim, .. } = self.spec;
-        let tokens = x.dim(0)?;
-        let mut q = self.q.forward(x)?.reshape((tokens, self.spec.heads(), head_dim))?;
-        let mut k = self.k.forward(x)?.reshape((tokens, kv_groups, head_dim))?;
-        let v = self.v.forward(x)?.reshape((tokens, kv_groups, head_dim))?;
-        if let Some((q_norm, k_norm)) = &self.qk_norm {
-            (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
-        }
-        if let Some((cos, sin)) = &batch.rope {
-            let rotate = |t: Tensor| -> Result<Tensor> { Ok(rope_thd(&t.unsqueeze(0)?, cos, sin)?.squeeze(0)?) };
-            (q, k) = (rotate(q)?, rotate(k)?);
-        }
-        let attended = cache.attend(layer, &self.spec, &q, &k, &v, batch)?;
-        self.o.forward(&attended)
-    }
-}
-
-impl Mlp {
-    /// The first `ffn` channels, as views.
-    fn narrowed(&self, ffn: usize) -> Result<Self> {
-        Ok(Self {
-            gate: self.gate.as_ref().map(|g| g.narrow_out(ffn)).transpose()?,
-            up: self.up.narrow_out(ffn)?,
-            down: self.down.narrow_in(ffn)?,
-            ..self.clone()
-        })
-    }
-
-    /// Normed x [tokens, hidden] -> update [tokens, hidden].
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let up = self.up.forward(x)?;
-        let inner = match &self.gate {
-            Some(gate) => {
-                let gate = gate.forward(x)?;
-                if self.activation == Activation::Silu && gate.device().is_cpu() && gate.dtype() == DType::F32 {
-                    kernels::elementwise::silu_mul(&gate, &up)?
-                } else {
-                    (self.activate(&gate)? * up)?
-                }
-            }
-            None => self.activate(&up)?,
-        };
-        self.down.forward(&inner)
-    }
-
-    fn activate(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self.activation {
-            Activation::Silu => x.silu()?,
-            Activation::Gelu => x.gelu_erf()?,
-            Activation::GeluTanh => x.gelu()?,
-            Activation::Relu => x.relu()?,
-        })
     }
 }

@@ -78,7 +78,7 @@ pub(crate) fn grouped(fields: &Fields<'_>, heads: usize, kv_groups: usize, ffn: 
 }
 
 /// What `per_layer_config` may change. Anything else would be computed as if the layer were like the others.
-const OVERRIDES: [&str; 6] = ["skip", "intermediate_size", "ffn_dim", "num_key_value_heads", "num_attention_heads", "sliding_window"];
+const OVERRIDES: [&str; 7] = ["skip", "intermediate_size", "ffn_dim", "num_key_value_heads", "num_attention_heads", "evop_group_size", "sliding_window"];
 
 /// Layer -> its overrides.
 fn overrides<'a>(fields: &Fields<'a>, num_layers: usize) -> Result<BTreeMap<usize, &'a Map<String, Value>>> {
@@ -110,7 +110,8 @@ fn overridden(fields: &Fields<'_>, over: &Map<String, Value>, layer: usize, head
     let own = Fields { json: over, path: fields.path };
     let kv_groups = own.usize_or("num_key_value_heads", global.kv_groups)?;
     // pruning takes a key/value head with the query heads that share it; a Llama config can't say so by `num_attention_heads` (modeling_evop.py)
-    let heads = match (own.optional_usize("num_attention_heads")?, fields.optional_usize("evop_group_size")?) {
+    let group_size = own.optional_usize("evop_group_size")?.or(fields.optional_usize("evop_group_size")?);
+    let heads = match (own.optional_usize("num_attention_heads")?, group_size) {
         (Some(heads), _) => heads,
         (None, Some(group_size)) => kv_groups.saturating_mul(group_size),
         (None, None) => heads,

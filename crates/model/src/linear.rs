@@ -25,9 +25,22 @@ impl Linear {
         Ok(Self { weight, bias })
     }
 
-    /// A layer over a weight of shape [out, in], without a bias.
-    pub fn from_weight(weight: Tensor) -> Self {
-        Self { weight, bias: None }
+    /// A layer over a weight of shape [out, in] and a bias of shape [out].
+    ///
+    /// # Errors
+    /// [`crate::Error::Input`] for other shapes.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
+        let out = weight.dims2()?.0;
+        match bias.as_ref().map(Tensor::dims) {
+            None => Ok(Self { weight, bias }),
+            Some([b]) if *b == out => Ok(Self { weight, bias }),
+            Some(other) => Err(crate::Error::Input(format!("a linear layer of {out} outputs was given a bias of shape {other:?}"))),
+        }
+    }
+
+    /// The bias, [out].
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
     }
 
     /// The first `out` rows, as a view.
@@ -39,6 +52,29 @@ impl Linear {
     /// The first `input` columns, as a view.
     pub(crate) fn narrow_in(&self, input: usize) -> Result<Self> {
         Ok(Self { weight: self.weight.narrow(1, 0, input)?, bias: self.bias.clone() })
+    }
+
+    /// Rows in another order (or some of them), as a copy.
+    pub(crate) fn select_out(&self, rows: &[u32]) -> Result<Self> {
+        let index = Tensor::from_slice(rows, rows.len(), self.weight.device())?;
+        let bias = self.bias.as_ref().map(|b| b.index_select(&index, 0)).transpose()?;
+        Ok(Self { weight: self.weight.contiguous()?.index_select(&index, 0)?, bias })
+    }
+
+    /// Columns in another order (or some of them), as a copy.
+    pub(crate) fn select_in(&self, columns: &[u32]) -> Result<Self> {
+        let index = Tensor::from_slice(columns, columns.len(), self.weight.device())?;
+        Ok(Self { weight: self.weight.contiguous()?.index_select(&index, 1)?, bias: self.bias.clone() })
+    }
+
+    /// Rows of the weight.
+    pub fn outputs(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// Columns of the weight.
+    pub fn inputs(&self) -> usize {
+        self.weight.dims()[1]
     }
 
     /// x [rows, in] -> [rows, out]. On the CPU a row's result doesn't depend on the other rows (`kernels::matmul`).
@@ -63,6 +99,8 @@ pub struct Norm {
     /// LayerNorm's.
     bias: Option<Tensor>,
     eps: f32,
+    /// Whether files have its parameters (a LayerNorm without any is computed with ones and zeros).
+    stored: bool,
 }
 
 impl Norm {
@@ -73,7 +111,19 @@ impl Norm {
             NormKind::Layer { affine: true } => (load(name)?, Some(load(&bias_of(name))?)),
             NormKind::Layer { affine: false } => (Tensor::ones(width, dtype, device)?, Some(Tensor::zeros(width, dtype, device)?)),
         };
-        Ok(Self { weight, bias, eps: eps as f32 })
+        Ok(Self { weight, bias, eps: eps as f32, stored: kind != NormKind::Layer { affine: false } })
+    }
+
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    pub(crate) fn is_stored(&self) -> bool {
+        self.stored
     }
 
     /// x [.., width] -> the same shape.

@@ -53,10 +53,24 @@ impl Pattern {
         &self.layers
     }
 
+    /// Genes that came from `whole`'s own widths: nothing to check.
+    ///
+    /// Widths above `whole`'s are cut to them, missing layers are kept whole.
+    #[must_use]
+    pub fn within(genes: Vec<Gene>, whole: &Self) -> Self {
+        let gene = |(l, all): (usize, &Gene)| genes.get(l).map_or(*all, |g| Gene { kv_groups: g.kv_groups.min(all.kv_groups), ffn: g.ffn.min(all.ffn) });
+        Self { layers: whole.layers.iter().enumerate().map(gene).collect() }
+    }
+
+    /// Groups or channels kept of sub-block `s`.
+    pub fn width(&self, sub_block: usize) -> usize {
+        let gene = self.layers[sub_block / 2];
+        if sub_block.is_multiple_of(2) { gene.kv_groups } else { gene.ffn }
+    }
+
     /// Whether sub-block `s` (0: attention of layer 0, 1: its MLP, 2: attention of layer 1, …) is kept at all.
     pub fn keeps(&self, sub_block: usize) -> bool {
-        let gene = self.layers[sub_block / 2];
-        if sub_block.is_multiple_of(2) { gene.kv_groups > 0 } else { gene.ffn > 0 }
+        self.width(sub_block) > 0
     }
 
     /// The same pattern with sub-block `s` skipped.

@@ -120,7 +120,7 @@ impl RopeParameters {
     }
 
     /// The `head_dim / 2` inverse frequencies for a sequence of `length` tokens.
-    pub(crate) fn inverse_frequencies(&self, head_dim: usize, length: usize) -> Vec<f32> {
+    pub fn inverse_frequencies(&self, head_dim: usize, length: usize) -> Vec<f32> {
         let series = |theta: f64| (0..head_dim / 2).map(move |i| 1.0 / theta.powf(2.0 * i as f64 / head_dim as f64));
         let original = self.original_context as f64;
         let frequencies: Vec<f64> = match &self.scaling {

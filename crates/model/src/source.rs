@@ -15,6 +15,15 @@ pub struct RawTensor<'a> {
     pub bytes: Cow<'a, [u8]>,
 }
 
+/// A tensor's place in its file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// The type's name: `F32`, `BF16`, `Q8_0`, ….
+    pub kind: String,
+    /// Bytes that it takes.
+    pub bytes: u64,
+}
+
 /// A weights file under Hugging Face's tensor names.
 pub trait Source: Send + Sync + std::fmt::Debug {
     /// All tensor names, sorted.
@@ -28,6 +37,23 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`Error::Tensor`] when it is missing or of a type that can't be read.
     fn raw(&self, name: &str) -> Result<RawTensor<'_>>;
+
+    /// The type of the elements that [`Source::raw`] gives. A file's header says it without reading them.
+    ///
+    /// # Errors
+    /// As [`Source::raw`].
+    fn dtype(&self, name: &str) -> Result<DType> {
+        Ok(self.raw(name)?.dtype)
+    }
+
+    /// How the tensor is stored.
+    ///
+    /// # Errors
+    /// As [`Source::raw`].
+    fn stored(&self, name: &str) -> Result<Stored> {
+        let raw = self.raw(name)?;
+        Ok(Stored { kind: format!("{:?}", raw.dtype), bytes: raw.bytes.len() as u64 })
+    }
 
     /// An [`Error::Tensor`] about `name`, with the file that holds (or should hold) it.
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error;
@@ -90,6 +116,12 @@ impl TensorNames {
         format!("model.{}layers.{layer}.", if self.opt { "decoder." } else { "" })
     }
 
+    /// Which layer a tensor belongs to, and its name within the layer (`self_attn.q_proj.weight`).
+    pub fn in_layer<'a>(&self, name: &'a str) -> Option<(usize, &'a str)> {
+        let (layer, rest) = name.strip_prefix(if self.opt { "model.decoder.layers." } else { "model.layers." })?.split_once('.')?;
+        Some((layer.parse().ok()?, rest))
+    }
+
     layer_names! {
         /// Query projection, [heads * head_dim, hidden].
         q: "self_attn.q_proj.weight", "self_attn.q_proj.weight";
@@ -137,6 +169,6 @@ impl TensorNames {
 }
 
 /// `x.weight` -> `x.bias`.
-pub(crate) fn bias_of(weight: &str) -> String {
+pub fn bias_of(weight: &str) -> String {
     format!("{}bias", weight.strip_suffix("weight").unwrap_or(weight))
 }

@@ -1,5 +1,6 @@
 //! What a chunk of text is about, as a vector: the model's own hidden states, or a sentence-transformers BERT.
 
+use crate::pack::pack;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -10,6 +11,9 @@ use tokenizers::Tokenizer;
 
 /// Word pieces or tokens of a chunk that are looked at (BERT's own limit).
 const MAX_TOKENS: usize = 512;
+
+/// Tokens that the pruned model embeds together.
+const TOKENS_AT_ONCE: usize = 1_024;
 
 /// Turns chunks of text into vectors.
 pub trait Embedder {
@@ -42,14 +46,22 @@ impl Embedder for HiddenStates<'_> {
     fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
         let middle = self.decoder.config().num_layers() / 2 * 2;
         let limit = self.max_tokens.min(self.decoder.config().max_position_embeddings);
+        let tokens: Vec<Vec<u32>> = chunks.iter().map(|chunk| encode(self.tokenizer, chunk, limit)).collect::<Result<_>>()?;
         let mut vectors = Vec::with_capacity(chunks.len());
-        for (done, chunk) in chunks.iter().enumerate() {
-            let tokens = encode(self.tokenizer, chunk, limit)?;
-            let batch = self.decoder.batch(&[Span::prompt(tokens.len())])?;
-            let hidden = self.decoder.embed(&tokens, &batch)?;
+        for range in pack(&tokens, TOKENS_AT_ONCE) {
+            let spans: Vec<Span> = tokens[range.clone()].iter().map(|t| Span::prompt(t.len())).collect();
+            let batch = self.decoder.batch(&spans)?;
+            let hidden = self.decoder.embed(&tokens[range].concat(), &batch)?;
             let hidden = self.decoder.device().with_context(|| self.decoder.forward_range(hidden, 0..middle, &batch, &mut NoCache))?;
-            vectors.push(hidden.to_dtype(DType::F32)?.mean(0)?.to_vec1::<f32>()?.into_iter().map(f64::from).collect());
-            progress(done + 1);
+            let mut start = 0;
+            for span in spans {
+                // a chunk without tokens (white space only) lies at the origin
+                let rows = hidden.narrow(0, start, span.len)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+                let mean = |j: usize| rows.iter().map(|r| f64::from(r[j])).sum::<f64>() / rows.len().max(1) as f64;
+                vectors.push((0..self.decoder.config().hidden_size).map(mean).collect());
+                start += span.len;
+            }
+            progress(vectors.len());
         }
         Ok(vectors)
     }

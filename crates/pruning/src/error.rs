@@ -27,6 +27,20 @@ pub enum Error {
     /// The corpus can't be calibrated on.
     #[error("calibration corpus: {0}")]
     Corpus(String),
+    /// An evaluation task can't be read or scored.
+    #[error("{task}: {message}")]
+    Task {
+        /// The task, or its file.
+        task: String,
+        /// Which line or item, what was expected and what was found.
+        message: String,
+    },
+    /// Activations, or what was computed from them, are no numbers to work with.
+    #[error("activations: {0}")]
+    Activations(String),
+    /// A checkpoint format can't express a model.
+    #[error("{0}")]
+    Format(String),
     /// A run directory holds something else than expected.
     #[error("{}: {message}", path.display())]
     RunDirectory {

@@ -2,40 +2,39 @@
 //!
 //! - **Memo**: a pattern is never evaluated twice on the same tokens.
 //! - **Prefix reuse**: the patterns of a batch are walked as a trie; the residual stream at a sub-block boundary is computed once
-//!   for all patterns that agree up to there.
+//!   for all patterns that agree up to there. Boundary states of the patterns that a search goes on from ([`Evaluator::anchor`]) stay in a
+//!   cache bounded in bytes, so that their children start where they first differ.
+//! - **Nested widths**: patterns that differ in one sub-block's width share what lies before its output layer.
+//! - **Partial evaluation**: a search may ask for the first sequences only, and for the rest later.
 //!
 //! The kernels give a row the same bits whatever is beside it, so a pattern's loss doesn't depend on how it was batched.
 
-use crate::loss;
+use crate::loss::{self, Reference};
+use crate::objective::{Fitness, FitnessKind, Objective, Segment};
+use crate::pack::pack;
+use crate::prefix_cache::PrefixCache;
+use crate::supernet::Supernet;
 use crate::{Error, Result};
-use evop_model::{Batch, Decoder, NoCache, Pattern, Span, Tensor};
+use evop_model::{Batch, NoCache, Pattern, Span, Tensor};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Tokens that one walk carries, so that the boundary states of a path fit in memory.
-const TOKENS_AT_ONCE: usize = 2_560;
-
-/// What a pattern scored.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Fitness {
-    /// EvoP's fitness: the sum over sequences of mean token cross-entropy times length, in nats. Lower is better.
-    pub loss: f64,
-    /// Mean token cross-entropy of each sequence, in nats.
-    pub sequences: Vec<f64>,
-}
+const TOKENS_AT_ONCE: usize = 1_024;
 
 /// How much was computed, in sub-blocks (one attention or one MLP) over one sequence, whatever its length.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Work {
-    /// Patterns that the search asked for, repetitions included.
+    /// Evaluations that the search asked for, repetitions included.
     pub requested: usize,
-    /// Patterns that were computed.
+    /// Evaluations that were computed, in part or whole.
     pub evaluated: usize,
     /// Sub-blocks run.
     pub block_forwards: usize,
-    /// What evaluating every requested pattern on its own would have run.
+    /// What evaluating everything that was asked for, each on its own, would have run.
     pub naive_block_forwards: usize,
-    /// What evaluating every computed pattern once, on its own, would have run (a memo but no prefix reuse).
+    /// What evaluating everything once, each on its own, would have run (a memo but no prefix reuse).
     pub memo_block_forwards: usize,
 }
 
@@ -62,15 +61,57 @@ impl Work {
     }
 }
 
-/// Called with each batch's new results, before they are used: the run writes them down.
-pub type Recorder<'a> = dyn FnMut(&[(Pattern, Fitness)], Work) -> Result<()> + 'a;
+/// Called with each batch's new results, before they are used: the run writes them down. A pattern's numbers are the mean losses of
+/// its first segments; a longer list replaces a shorter one.
+pub type Recorder<'a> = dyn FnMut(&[(Pattern, Vec<f64>)], Work) -> Result<()> + 'a;
+
+/// Which savings are made; all of them unless an ablation switches one off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Savings {
+    /// Never evaluate a pattern twice.
+    pub memo: bool,
+    /// Share the boundary states of patterns that agree up to there.
+    pub prefix: bool,
+    /// Bytes of boundary states kept between batches.
+    pub prefix_cache_bytes: usize,
+}
+
+impl Default for Savings {
+    fn default() -> Self {
+        Self { memo: true, prefix: true, prefix_cache_bytes: 1 << 30 }
+    }
+}
+
+/// A sequence to score patterns on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// Tokens, at least two.
+    pub tokens: Vec<u32>,
+    /// The CCDS cluster that it stands for.
+    pub cluster: usize,
+}
+
+/// Sequences that are computed together.
+struct Pack {
+    tokens: Vec<u32>,
+    batch: Batch,
+    /// For the KL fitness.
+    reference: Option<Reference>,
+    /// Segments of this pack, in order; each belongs to a span.
+    segments: Vec<(usize, Range<usize>)>,
+}
 
 /// Scores patterns of one model on fixed sequences.
 pub struct Evaluator<'a> {
-    decoder: Decoder,
-    /// Packs of whole sequences: (tokens, prepared batch).
-    packs: Vec<(Vec<u32>, Batch)>,
-    memo: HashMap<Pattern, Fitness>,
+    supernet: &'a Supernet,
+    packs: Vec<Pack>,
+    /// Of all packs, one after the other.
+    segments: Vec<Segment>,
+    objective: Objective,
+    savings: Savings,
+    memo: HashMap<Pattern, Vec<f64>>,
+    anchors: Vec<Pattern>,
+    cache: PrefixCache,
     work: Work,
     record: Box<Recorder<'a>>,
 }
@@ -82,26 +123,50 @@ impl std::fmt::Debug for Evaluator<'_> {
 }
 
 impl<'a> Evaluator<'a> {
-    /// An evaluator over these sequences; `known` are results of an earlier part of the run.
-    pub fn new(decoder: &Decoder, sequences: &[Vec<u32>], known: HashMap<Pattern, Fitness>, work: Work, record: Box<Recorder<'a>>) -> Result<Self> {
-        let mut packs: Vec<Vec<&Vec<u32>>> = Vec::new();
-        for sequence in sequences {
-            match packs.last_mut() {
-                Some(pack) if pack.iter().map(|s| s.len()).sum::<usize>() + sequence.len() <= TOKENS_AT_ONCE => pack.push(sequence),
-                _ => packs.push(vec![sequence]),
+    /// An evaluator over these samples; `known` are results of an earlier part of the run.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when a sample is longer than the model's context or the device fails.
+    pub fn new(
+        supernet: &'a Supernet,
+        samples: &[Sample],
+        objective: Objective,
+        savings: Savings,
+        known: HashMap<Pattern, Vec<f64>>,
+        work: Work,
+        record: Box<Recorder<'a>>,
+    ) -> Result<Self> {
+        let decoder = supernet.decoder();
+        let tokens: Vec<Vec<u32>> = samples.iter().map(|s| s.tokens.clone()).collect();
+        let mut segments = Vec::new();
+        let mut packs = Vec::new();
+        for range in pack(&tokens, TOKENS_AT_ONCE) {
+            let spans: Vec<Span> = tokens[range.clone()].iter().map(|s| Span::prompt(s.len())).collect();
+            let mut own = Vec::new();
+            for (span, sample) in samples[range.clone()].iter().enumerate() {
+                for positions in objective.segments(sample.tokens.len().saturating_sub(1)) {
+                    segments.push(Segment { cluster: sample.cluster, tokens: positions.len() });
+                    own.push((span, positions));
+                }
+            }
+            let batch = decoder.batch(&spans)?;
+            packs.push(Pack { tokens: tokens[range].concat(), batch, reference: None, segments: own });
+        }
+        if objective.kind == FitnessKind::Kl {
+            for pack in &mut packs {
+                pack.reference = Some(decoder.device().with_context(|| -> Result<Reference> {
+                    let hidden = decoder.forward(&pack.tokens, &pack.batch, &mut NoCache)?;
+                    Reference::new(decoder, &hidden, &pack.tokens, pack.batch.spans())
+                })?);
             }
         }
-        let prepare = |pack: Vec<&Vec<u32>>| -> Result<(Vec<u32>, Batch)> {
-            let spans: Vec<Span> = pack.iter().map(|s| Span::prompt(s.len())).collect();
-            Ok((pack.into_iter().flatten().copied().collect(), decoder.batch(&spans)?))
-        };
-        let packs = packs.into_iter().map(prepare).collect::<Result<_>>()?;
-        Ok(Self { decoder: decoder.clone(), packs, memo: known, work, record })
+        let cache = PrefixCache::new(if savings.prefix { savings.prefix_cache_bytes } else { 0 });
+        Ok(Self { supernet, packs, segments, objective, savings, memo: known, anchors: Vec::new(), cache, work, record })
     }
 
-    /// The dense model.
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
+    /// The model with its levels.
+    pub fn supernet(&self) -> &'a Supernet {
+        self.supernet
     }
 
     /// What has been computed so far.
@@ -109,61 +174,122 @@ impl<'a> Evaluator<'a> {
         self.work
     }
 
-    /// The number of sequences.
-    pub fn sequences(&self) -> usize {
-        self.packs.iter().map(|(_, batch)| batch.spans().len()).sum()
+    /// How losses become a fitness.
+    pub fn objective(&self) -> Objective {
+        self.objective
     }
 
-    /// The fitness of every pattern, in the order given.
+    /// The number of packs: what a partial evaluation counts.
+    pub fn packs(&self) -> usize {
+        self.packs.len()
+    }
+
+    /// Bytes of the dense model's distributions, and of the boundary states kept (now, at most).
+    pub fn bytes(&self) -> (usize, usize, usize) {
+        (self.packs.iter().filter_map(|p| p.reference.as_ref()).map(Reference::bytes).sum(), self.cache.bytes(), self.cache.limit())
+    }
+
+    /// The patterns that come next are children of these: their boundary states are worth keeping.
+    pub fn anchor(&mut self, patterns: &[Pattern]) {
+        self.anchors = patterns.to_vec();
+    }
+
+    /// The fitness of every pattern over all packs, in the order given.
     ///
     /// # Errors
     /// [`Error::Model`] when the device fails; whatever the recorder returns.
     pub fn evaluate(&mut self, patterns: &[Pattern]) -> Result<Vec<Fitness>> {
-        let mut new: Vec<Pattern> = patterns.iter().filter(|p| !self.memo.contains_key(*p)).cloned().collect();
-        // sorted by genes, patterns with a common start lie side by side: the sorted list is the trie
-        new.sort_unstable();
-        new.dedup();
-        let mut sequence_losses = vec![Vec::with_capacity(self.sequences()); new.len()];
-        let mut block_forwards = 0;
-        for (tokens, batch) in &self.packs {
-            let mut walk = Walk { decoder: &self.decoder, patterns: &new, tokens, batch, losses: &mut sequence_losses, block_forwards: 0 };
-            let device = self.decoder.device().clone();
-            block_forwards += device.with_context(|| walk.run())?;
-        }
-        let lengths: Vec<usize> = self.packs.iter().flat_map(|(_, b)| b.spans().iter().map(|s| s.len)).collect();
-        let results: Vec<(Pattern, Fitness)> = new
-            .into_iter()
-            .zip(sequence_losses)
-            .map(|(pattern, sequences)| {
-                let loss = sequences.iter().zip(&lengths).map(|(mean, len)| mean * *len as f64).sum();
-                (pattern, Fitness { loss, sequences })
-            })
-            .collect();
-        let cost = |p: &Pattern| (0..2 * p.layers().len()).filter(|s| p.keeps(*s)).count() * lengths.len();
-        let work = Work {
-            requested: patterns.len(),
-            evaluated: results.len(),
-            block_forwards,
-            naive_block_forwards: patterns.iter().map(cost).sum(),
-            memo_block_forwards: results.iter().map(|(p, _)| cost(p)).sum(),
-        };
-        (self.record)(&results, work)?;
-        self.work.add(work);
-        self.memo.extend(results);
-        patterns.iter().map(|p| self.memo.get(p).cloned().ok_or(Error::NotFinite(f64::NAN))).collect()
+        self.evaluate_first(patterns, self.packs.len())
     }
 
-    /// The residual stream at every layer boundary of the dense model, for strategies that look at it: calls `visit(layer, before, after)`.
-    pub(crate) fn visit_layers(&mut self, mut visit: impl FnMut(usize, &Tensor, &Tensor) -> Result<()>) -> Result<()> {
-        let layers = self.decoder.config().num_layers();
-        for (tokens, batch) in &self.packs {
-            let mut hidden = self.decoder.embed(tokens, batch)?;
-            for layer in 0..layers {
-                let after = self.decoder.forward_range(hidden.clone(), 2 * layer..2 * layer + 2, batch, &mut NoCache)?;
-                visit(layer, &hidden, &after)?;
-                hidden = after;
+    /// The fitness of every pattern over the first `packs` packs, in the order given.
+    ///
+    /// # Errors
+    /// As [`Evaluator::evaluate`].
+    pub fn evaluate_first(&mut self, patterns: &[Pattern], packs: usize) -> Result<Vec<Fitness>> {
+        let packs = packs.min(self.packs.len());
+        let wanted: usize = self.packs[..packs].iter().map(|p| p.segments.len()).sum();
+        let known = |memo: &HashMap<Pattern, Vec<f64>>, p: &Pattern| memo.get(p).map_or(0, Vec::len);
+        let mut new: Vec<Pattern> = patterns.iter().filter(|p| known(&self.memo, p) < wanted).cloned().collect();
+        // sorted by genes, patterns with a common start lie side by side: the sorted list is the trie
+        new.sort_unstable();
+        if self.savings.memo {
+            new.dedup();
+        }
+        let mut losses: Vec<Vec<f64>> = new.iter().map(|p| self.memo.get(p).cloned().unwrap_or_default()).collect();
+        let kept = |p: &Pattern| (0..2 * p.layers().len()).filter(|s| p.keeps(*s)).count();
+        let mut work = Work { requested: patterns.len(), evaluated: new.len(), ..Work::default() };
+        let mut before = 0;
+        for (index, pack) in self.packs[..packs].iter().enumerate() {
+            let sequences = pack.batch.spans().len();
+            work.naive_block_forwards += patterns.iter().map(kept).sum::<usize>() * sequences;
+            let todo: Vec<usize> = (0..new.len()).filter(|i| losses[*i].len() <= before).collect();
+            before += pack.segments.len();
+            if todo.is_empty() {
+                continue;
             }
-            let forwards = 2 * layers * batch.spans().len();
+            let group: Vec<&Pattern> = todo.iter().map(|i| &new[*i]).collect();
+            work.memo_block_forwards += group.iter().map(|p| kept(p)).sum::<usize>() * sequences;
+            let mut walk = Walk {
+                supernet: self.supernet,
+                pack,
+                index,
+                patterns: &group,
+                anchors: &self.anchors,
+                cache: &mut self.cache,
+                share: self.savings.prefix,
+                losses: vec![Vec::new(); group.len()],
+                block_forwards: 0,
+            };
+            let device = self.supernet.decoder().device().clone();
+            device.with_context(|| walk.run())?;
+            work.block_forwards += walk.block_forwards;
+            for (i, found) in todo.iter().zip(walk.losses) {
+                losses[*i].extend(found);
+            }
+        }
+        let results: Vec<(Pattern, Vec<f64>)> = new.into_iter().zip(losses).collect();
+        (self.record)(&results, work)?;
+        self.work.add(work);
+        let fitness = |losses: &[f64]| self.objective.fitness(&self.segments, &losses[..wanted.min(losses.len())]);
+        if self.savings.memo {
+            self.memo.extend(results);
+            return patterns.iter().map(|p| self.memo.get(p).map(|l| fitness(l)).ok_or(Error::NotFinite(f64::NAN))).collect();
+        }
+        let found: HashMap<&Pattern, &Vec<f64>> = results.iter().map(|(p, l)| (p, l)).collect();
+        patterns.iter().map(|p| found.get(p).map(|l| fitness(l)).ok_or(Error::NotFinite(f64::NAN))).collect()
+    }
+
+    /// Every pattern known on at least the first `packs` packs, with its fitness there; sorted by genes.
+    pub fn known(&self, packs: usize) -> Vec<(Pattern, Fitness)> {
+        let wanted: usize = self.packs[..packs.min(self.packs.len())].iter().map(|p| p.segments.len()).sum();
+        let mut known: Vec<(Pattern, Fitness)> = self
+            .memo
+            .iter()
+            .filter(|(_, losses)| losses.len() >= wanted)
+            .map(|(pattern, losses)| (pattern.clone(), self.objective.fitness(&self.segments, &losses[..wanted])))
+            .collect();
+        known.sort_by(|a, b| a.0.cmp(&b.0));
+        known
+    }
+
+    /// The residual stream at every sub-block boundary of a pattern, for strategies that look at it: calls `visit(s, before, after)` for
+    /// the sub-blocks that it keeps, a pack at a time.
+    ///
+    /// # Errors
+    /// As [`Evaluator::evaluate`], and whatever `visit` returns.
+    pub fn visit(&mut self, pattern: &Pattern, mut visit: impl FnMut(usize, &Tensor, &Tensor) -> Result<()>) -> Result<()> {
+        let decoder = self.supernet.decoder();
+        for pack in &self.packs {
+            let mut hidden = decoder.embed(&pack.tokens, &pack.batch)?;
+            let mut forwards = 0;
+            for s in 0..decoder.last_boundary() {
+                let Some(block) = self.supernet.sub_block(s, pattern.width(s))? else { continue };
+                let after = decoder.device().with_context(|| decoder.apply(&block, s, &hidden, &pack.batch, &mut NoCache))?;
+                visit(s, &hidden, &after)?;
+                hidden = after;
+                forwards += pack.batch.spans().len();
+            }
             let work = Work { block_forwards: forwards, naive_block_forwards: forwards, memo_block_forwards: forwards, ..Work::default() };
             (self.record)(&[], work)?;
             self.work.add(work);
@@ -174,69 +300,82 @@ impl<'a> Evaluator<'a> {
 
 /// One depth-first walk over the trie of sorted patterns.
 struct Walk<'w> {
-    decoder: &'w Decoder,
-    patterns: &'w [Pattern],
-    tokens: &'w [u32],
-    batch: &'w Batch,
-    /// Per pattern, the mean losses of the sequences so far.
-    losses: &'w mut [Vec<f64>],
+    supernet: &'w Supernet,
+    pack: &'w Pack,
+    index: usize,
+    patterns: &'w [&'w Pattern],
+    anchors: &'w [Pattern],
+    cache: &'w mut PrefixCache,
+    share: bool,
+    /// Per pattern, the mean losses of this pack's segments.
+    losses: Vec<Vec<f64>>,
     block_forwards: usize,
 }
 
 impl Walk<'_> {
-    fn run(&mut self) -> Result<usize> {
-        if !self.patterns.is_empty() {
-            let hidden = self.decoder.embed(self.tokens, self.batch)?;
-            self.descend(&hidden, 0, 0..self.patterns.len())?;
+    fn run(&mut self) -> Result<()> {
+        let hidden = self.supernet.decoder().embed(&self.pack.tokens, &self.pack.batch)?;
+        if self.share {
+            let anchors = (0..self.anchors.len()).collect();
+            return self.descend(&hidden, 0, 0..self.patterns.len(), anchors);
         }
-        Ok(self.block_forwards)
+        (0..self.patterns.len()).try_for_each(|p| self.descend(&hidden, 0, p..p + 1, Vec::new()))
     }
 
-    /// `hidden` is the residual stream before layer `layer`, common to all patterns of `group`.
-    fn descend(&mut self, hidden: &Tensor, layer: usize, group: std::ops::Range<usize>) -> Result<()> {
-        if layer == self.decoder.config().num_layers() {
-            let losses = loss::token_losses(self.decoder, hidden, self.tokens, self.batch.spans())?;
-            for pattern in group {
-                self.losses[pattern].extend(losses.iter().map(|l| loss::mean(l)));
-            }
+    /// `hidden` is the residual stream before sub-block `s`, common to all patterns of `group`; `anchors` agree with them up to there.
+    fn descend(&mut self, hidden: &Tensor, s: usize, group: Range<usize>, anchors: Vec<usize>) -> Result<()> {
+        let decoder = self.supernet.decoder();
+        if s == decoder.last_boundary() {
+            let spans = self.pack.batch.spans();
+            let losses = loss::token_losses(decoder, hidden, &self.pack.tokens, spans, self.pack.reference.as_ref())?;
+            let means: Vec<f64> = self.pack.segments.iter().map(|(span, positions)| loss::mean(&losses[*span][positions.clone()])).collect();
+            group.for_each(|p| self.losses[p].clone_from(&means));
             return Ok(());
         }
-        let gene = |p: usize| self.patterns[p].layers()[layer];
-        let mut first = group.start;
-        // the attention's output is kept for siblings that differ in the MLP only
-        let mut attended: Option<(usize, Tensor)> = None;
-        while first < group.end {
-            let this = gene(first);
-            let end = (first..group.end).find(|p| gene(*p) != this).unwrap_or(group.end);
-            let after_attention = match &attended {
-                Some((kv_groups, hidden)) if *kv_groups == this.kv_groups => hidden.clone(),
-                _ => self.step(first, hidden.clone(), 2 * layer)?,
+        let width = |p: usize| self.patterns[p].width(s);
+        let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
+        for p in group {
+            match runs.last_mut() {
+                Some((w, run)) if *w == width(p) => run.end = p + 1,
+                _ => runs.push((width(p), p..p + 1)),
+            }
+        }
+        // what lies before the output layer is computed once, at the largest width that has to be computed
+        let mut inner: Option<Tensor> = None;
+        let prefix = |p: usize| (0..=s).map(|s| self.patterns[p].width(s)).collect::<Vec<_>>();
+        let cached: Vec<bool> = runs.iter().map(|(w, run)| *w > 0 && self.cache.contains(self.index, &prefix(run.start))).collect();
+        let computed: Vec<usize> = runs.iter().zip(&cached).filter(|((w, _), cached)| *w > 0 && !**cached).map(|((w, _), _)| *w).collect();
+        if let (true, Some(widest)) = (computed.len() > 1, computed.iter().max()) {
+            if let Some(block) = decoder.sub_block(s) {
+                inner = Some(decoder.inner(&block.narrowed(*widest)?, s, hidden, &self.pack.batch, &mut NoCache)?);
+            }
+        }
+        for (w, run) in runs {
+            let agreeing: Vec<usize> = anchors.iter().copied().filter(|a| self.anchors[*a].width(s) == w).collect();
+            let Some(block) = self.supernet.sub_block(s, w)? else {
+                self.descend(hidden, s + 1, run, agreeing)?;
+                continue;
             };
-            attended = Some((this.kv_groups, after_attention.clone()));
-            let after = self.step(first, after_attention, 2 * layer + 1)?;
-            self.descend(&after, layer + 1, first..end)?;
-            first = end;
+            let key = (0..=s).map(|s| self.patterns[run.start].width(s)).collect::<Vec<_>>();
+            let after = match self.cache.get(self.index, &key) {
+                Some(known) => known,
+                None => {
+                    self.block_forwards += self.pack.batch.spans().len();
+                    let after = match &inner {
+                        Some(inner) => {
+                            let own = inner.narrow(1, 0, w * block.unit())?;
+                            decoder.add(&block, hidden, &block.output().forward(&own)?)?
+                        }
+                        None => decoder.apply(&block, s, hidden, &self.pack.batch, &mut NoCache)?,
+                    };
+                    if !agreeing.is_empty() {
+                        self.cache.insert(self.index, key, &after);
+                    }
+                    after
+                }
+            };
+            self.descend(&after, s + 1, run, agreeing)?;
         }
         Ok(())
-    }
-
-    /// One sub-block under pattern `pattern`'s gene.
-    fn step(&mut self, pattern: usize, hidden: Tensor, sub_block: usize) -> Result<Tensor> {
-        let pattern = &self.patterns[pattern];
-        if !pattern.keeps(sub_block) {
-            return Ok(hidden);
-        }
-        self.block_forwards += self.batch.spans().len();
-        let layer = sub_block / 2;
-        let whole = self.decoder.config().layers[layer].shape;
-        let gene = pattern.layers()[layer];
-        let narrowed = if sub_block.is_multiple_of(2) { gene.kv_groups < whole.kv_groups } else { gene.ffn < whole.ffn };
-        let range = sub_block..sub_block + 1;
-        let after = if narrowed {
-            self.decoder.masked(pattern)?.forward_range(hidden, range, self.batch, &mut NoCache)?
-        } else {
-            self.decoder.forward_range(hidden, range, self.batch, &mut NoCache)?
-        };
-        Ok(after)
     }
 }

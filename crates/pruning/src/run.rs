@@ -3,7 +3,9 @@
 //! | file | what | written |
 //! | --- | --- | --- |
 //! | `run.json` | all inputs: model, options, seeds, hashes, version | first |
-//! | `calibration.json` | the sequences | once sampled |
+//! | `calibration.json` | the sequences, with their clusters | once sampled |
+//! | `latency.json` | milliseconds of every sub-block and width, for a latency budget | once measured |
+//! | `levels/` | the level database, unless it is kept elsewhere | a sub-block at a time; deleted at the end |
 //! | `search.jsonl` | every evaluation and the work done | appended, synced a batch at a time |
 //! | `pattern.json`, `report.html`, `report.json`, `config.json`, `model.safetensors`, … | the result | at the end |
 //! | `evop.json` | provenance; its presence makes the directory a checkpoint | last |
@@ -11,13 +13,20 @@
 //! The search is deterministic, so its state **is** the log: `--resume` runs it again over the log's results and goes on where they end.
 //! A kill loses at most the batch under way.
 
-use crate::calibration::{Calibration, CalibrationOptions, CalibrationStep};
+use crate::budget::{Budget, LatencyTable, Resource};
+use crate::calibration::{Calibration, CalibrationOptions, CalibrationStep, Corpus};
+use crate::checkpoint::{Contents, Format, Written};
 use crate::embed::{Embedder, HiddenStates, SentenceTransformer};
 use crate::eval::{self, Perplexity};
-use crate::evaluate::{Evaluator, Fitness, Work};
-use crate::search::{self, Certificate, Found, Progress, SearchOptions, SearchSpace, Space};
-use crate::{Error, Result, checkpoint, report, storage};
-use evop_model::{Checkpoint, Config, Decoder, Gene, Pattern};
+use crate::evaluate::{Evaluator, Savings, Work};
+use crate::latency;
+use crate::levels::{LevelKey, LevelOptions, LevelReport, Levels, tokens_sha256};
+use crate::objective::Objective;
+use crate::search::{self, Certificate, Found, Progress, SearchOptions};
+use crate::space::{SearchSpace, SpaceOptions};
+use crate::supernet::Supernet;
+use crate::{Error, Result, report, storage};
+use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Gene, Pattern};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -29,20 +38,28 @@ use std::time::{Duration, Instant};
 /// Everything that decides a run's result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PruneOptions {
-    /// What a gene stands for.
-    pub space: Space,
-    /// Fraction of the units that go.
-    pub sparsity: f64,
+    /// What a gene may say, and what may be kept.
+    pub space: SpaceOptions,
     /// Strategy, its parameters and seed.
     pub search: SearchOptions,
+    /// What the search minimises.
+    pub objective: Objective,
+    /// Order and repair of partial widths.
+    pub levels: LevelOptions,
     /// CCDS.
     pub calibration: CalibrationOptions,
     /// A sentence-transformers directory; `None`: the model's own hidden states.
     pub embedder: Option<PathBuf>,
+    /// Where the level database is kept for other runs; `None`: in the run's directory, until its end.
+    pub level_directory: Option<PathBuf>,
+    /// Which savings the evaluator makes.
+    pub savings: Savings,
     /// Enumerate the space after the search where it has at most this many patterns.
     pub certify_up_to: u64,
     /// Window of the before/after perplexity, in tokens.
     pub eval_window: usize,
+    /// The kind of checkpoint that is written.
+    pub format: Format,
 }
 
 /// A run's inputs, as `run.json` keeps them.
@@ -54,12 +71,14 @@ pub struct Run {
     pub revision: Option<String>,
     /// SHA-256 of the model's tensors.
     pub model_sha256: String,
-    /// The corpus file; `None`: the bundled books.
-    pub calibration: Option<PathBuf>,
+    /// The corpus files; none: the bundled books.
+    pub calibration: Vec<PathBuf>,
     /// The text of the before/after perplexity; `None`: bundled books with a bundled corpus, else held-out chunks of the corpus.
     pub eval_text: Option<PathBuf>,
     /// Options.
     pub options: PruneOptions,
+    /// The command line that began the run, for the report.
+    pub command: Vec<String>,
     /// Version of EvoP that began the run.
     pub version: String,
 }
@@ -67,6 +86,8 @@ pub struct Run {
 const RUN: &str = "run.json";
 const CALIBRATION: &str = "calibration.json";
 const LOG: &str = "search.jsonl";
+const LATENCY: &str = "latency.json";
+const LEVELS: &str = "levels";
 const PATTERN: &str = "pattern.json";
 /// The file that makes a run directory a checkpoint.
 pub const PROVENANCE: &str = "evop.json";
@@ -75,7 +96,7 @@ pub const PROVENANCE: &str = "evop.json";
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum LogLine {
-    Evaluation { genes: Vec<Gene>, fitness: Fitness },
+    Evaluation { genes: Vec<Gene>, segments: Vec<f64> },
     Work { phase: Phase, work: Work, seconds: f64 },
 }
 
@@ -92,6 +113,20 @@ enum Phase {
 pub enum Step {
     /// Making the calibration set.
     Calibration(CalibrationStep),
+    /// Measuring what sub-blocks cost in time: done of all.
+    Latency {
+        /// Sub-blocks done.
+        done: usize,
+        /// Sub-blocks in all.
+        all: usize,
+    },
+    /// Building the level database.
+    Levels {
+        /// Sub-blocks done.
+        done: usize,
+        /// Sub-blocks in all.
+        all: usize,
+    },
     /// Searching.
     Search(Progress),
     /// Enumerating the space to certify the result.
@@ -116,8 +151,10 @@ pub struct Outcome {
     pub found: Found,
     /// The search's result against the optimum, where the space was enumerated.
     pub certificate: Option<Certificate>,
-    /// Loss of the dense model on the calibration sequences.
+    /// The objective of the dense model on the calibration sequences.
     pub dense_loss: f64,
+    /// The choice among the best patterns on held-out sequences.
+    pub held_out: HeldOut,
     /// Perplexity of the dense model on text that the search never saw.
     pub dense: Perplexity,
     /// The same of the pruned model.
@@ -126,18 +163,78 @@ pub struct Outcome {
     pub work: Work,
     /// What the certificate computed in addition.
     pub certificate_work: Work,
-    /// Seconds of search over all attempts.
-    pub search_seconds: f64,
+    /// Seconds by phase; the search's over all attempts.
+    pub seconds: Seconds,
     /// Block parameters before and after.
     pub block_parameters: (usize, usize),
     /// All parameters before and after.
     pub parameters: (usize, usize),
     /// Key/value cache bytes per token (2 bytes a number) before and after.
     pub kv_bytes_per_token: (usize, usize),
-    /// Chunks in each cluster of the calibration corpus.
+    /// Fractions of each budget's resource that are kept.
+    pub kept_of_budgets: Vec<(Budget, f64)>,
+    /// The calibration set, its tokens left out.
+    pub calibration: CalibrationReport,
+    /// What was chosen for every sub-block with partial widths.
+    pub levels: Vec<LevelReport>,
+    /// The model's widths: whole, and kept.
+    pub widths: Vec<(usize, usize)>,
+    /// Bytes held for speed: statistics and residual streams at most, dense distributions, boundary states (now, at most).
+    pub memory: Memory,
+    /// The checkpoint's files, and what tools that read it can't do with it.
+    pub written: Written,
+}
+
+/// A choice on held-out sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct HeldOut {
+    /// Patterns that were compared.
+    pub candidates: usize,
+    /// Place of the chosen one in the search's own order, from 0.
+    pub chosen: usize,
+    /// Its loss there.
+    pub loss: f64,
+    /// Its loss on the sequences that the search saw, less than the other by what was overfitted.
+    pub search_loss: f64,
+}
+
+/// Where the time went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Seconds {
+    /// Sampling the calibration set.
+    pub calibration: f64,
+    /// The level database (0 where it was there).
+    pub levels: f64,
+    /// Search and certificate, over all attempts.
+    pub search: f64,
+    /// Held-out choice, perplexities and writing.
+    pub finish: f64,
+}
+
+/// Bytes held beside the model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Memory {
+    /// Statistics of one sub-block and the residual streams, while levels were built.
+    pub statistics: usize,
+    /// The dense model's next-token distributions.
+    pub distributions: usize,
+    /// Boundary states at the end, and their bound.
+    pub prefix_cache: (usize, usize),
+}
+
+/// A calibration set without its tokens.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CalibrationReport {
+    /// What turned chunks into vectors.
+    pub embedder: String,
+    /// What each corpus gave.
+    pub corpora: Vec<crate::calibration::CorpusReport>,
+    /// Chunks in each cluster.
     pub cluster_sizes: Vec<usize>,
-    /// Whether each sub-block of the parent is kept.
-    pub kept: Vec<bool>,
+    /// The chunks in a plane.
+    pub picture: Vec<crate::calibration::Point>,
+    /// Tokens of the sequences that patterns were scored on, of those for statistics, of those held out.
+    pub tokens: [usize; 3],
 }
 
 /// What a run needs from outside of its directory.
@@ -145,12 +242,12 @@ pub struct Outcome {
 pub struct Inputs<'a> {
     /// The model to prune.
     pub checkpoint: &'a Checkpoint,
-    /// [`checkpoint::fingerprint`] of its tensors.
+    /// [`crate::checkpoint::fingerprint`] of its tensors.
     pub model_sha256: &'a str,
     /// The same, loaded.
     pub decoder: &'a Decoder,
-    /// The calibration corpus.
-    pub corpus: &'a str,
+    /// The calibration corpora.
+    pub corpora: &'a [Corpus],
     /// Held-out text for the before/after perplexity; `None`: the chunks that calibration held out.
     pub held_out: Option<&'a str>,
 }
@@ -160,7 +257,9 @@ pub struct Inputs<'a> {
 /// # Errors
 /// [`Error::RunDirectory`] when there is a run or a checkpoint already; [`Error::Option`] for options that no run could be made of.
 pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
-    SearchSpace::new(config, run.options.space, run.options.sparsity)?;
+    if run.options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
+        SearchSpace::new(config, &run.options.space, None)?;
+    }
     for file in [PROVENANCE, RUN, "config.json"] {
         if directory.join(file).exists() {
             let what_to_do = if file == RUN {
@@ -211,8 +310,15 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     }
     let options = &run.options;
     let config = inputs.checkpoint.config();
-    let space = SearchSpace::new(config, options.space, options.sparsity)?;
+    let mut seconds = Seconds::default();
+    let mut clock = Instant::now();
+    let mut lap = move || std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64();
     let calibration = calibration(directory, inputs, options, on_step)?;
+    seconds.calibration = lap();
+    let latency = latency_table(directory, inputs, options, on_step)?;
+    let space = SearchSpace::new(config, &options.space, latency.as_ref())?;
+    let supernet = supernet(directory, inputs, options, &space, &calibration, on_step)?;
+    seconds.levels = lap();
 
     let mut log = Log::open(&directory.join(LOG))?;
     let known = log.known(config)?;
@@ -221,57 +327,142 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     (before.requested, before.naive_block_forwards) = (0, 0);
     (certified_before.requested, certified_before.naive_block_forwards) = (0, 0);
     let earlier_seconds = log.seconds;
-    let started = Instant::now();
     let phase = Cell::new(Phase::Search);
-    let mut since = started;
-    let record = |results: &[(Pattern, Fitness)], work: Work| {
+    let mut since = Instant::now();
+    let record = |results: &[(Pattern, Vec<f64>)], work: Work| {
         let seconds = since.elapsed().as_secs_f64();
         since = Instant::now();
         log.append(results, phase.get(), work, seconds)
     };
-    let mut evaluator = Evaluator::new(inputs.decoder, &calibration.tokens(), known, before, Box::new(record))?;
+    let mut evaluator = Evaluator::new(&supernet, &calibration.samples(), options.objective, options.savings, known, before, Box::new(record))?;
     let dense_loss = evaluator.evaluate(&[Pattern::dense(config)])?[0].loss;
     if !dense_loss.is_finite() {
         return Err(Error::NotFinite(dense_loss));
     }
-    let found = search::search(&mut evaluator, &space, &options.search, &mut |p| on_step(Step::Search(p)))?;
+    let mut found = search::search(&mut evaluator, &space, &options.search, &mut |p| on_step(Step::Search(p)))?;
     let work = evaluator.work();
-    let (mut certificate, mut chosen) = (None, found.clone());
-    if search::count_patterns(&space) <= u128::from(options.certify_up_to) {
+    let mut certificate = None;
+    if search::count_patterns(&space, options.certify_up_to).is_some() {
         phase.set(Phase::Certificate);
         let (c, best) = search::certify(&mut evaluator, &space, &found, &mut |p| on_step(Step::Certificate(p)))?;
-        (certificate, chosen) = (Some(c), best);
+        (certificate, found) = (Some(c), best);
     }
     let mut certificate_work = evaluator.work().since(work);
     certificate_work.add(certified_before);
+    let (distributions, cached, limit) = evaluator.bytes();
     drop(evaluator);
-    let search_seconds = earlier_seconds + started.elapsed().as_secs_f64();
+    seconds.search = earlier_seconds + lap();
 
-    let (dense, pruned) = perplexities(inputs, &calibration, &chosen.pattern, options.eval_window, on_step)?;
+    let held_out = pick(&supernet, &calibration, options, &mut found)?;
+    let pattern = &found.pattern;
+    let pruned_decoder = supernet.pruned(pattern)?;
+    let (dense, pruned) = perplexities(inputs, &calibration, &pruned_decoder, options.eval_window, on_step)?;
     on_step(Step::Writing)?;
-    storage::write_json(&directory.join(PATTERN), &chosen.pattern)?;
-    checkpoint::write(inputs.checkpoint, &chosen.pattern, directory)?;
-    let pruned_config = config.with_pattern(&chosen.pattern);
+    storage::write_json(&directory.join(PATTERN), pattern)?;
+    let source = DecoderSource::new(&pruned_decoder, inputs.checkpoint.source().as_ref())?;
+    let written = Contents::of(inputs.checkpoint).around(pruned_decoder.config(), &source).write(options.format, directory)?;
+    seconds.finish = lap();
+    let pruned_config = pruned_decoder.config();
+    let tokens = |sequences: &[crate::calibration::Sequence]| sequences.iter().map(|s| s.tokens.len()).sum();
     let outcome = Outcome {
-        kept: (0..2 * config.num_layers()).map(|s| chosen.pattern.keeps(s)).collect(),
-        found: chosen,
+        widths: (0..2 * config.num_layers()).map(|s| (space.dense().width(s), pattern.width(s))).collect(),
+        kept_of_budgets: options.space.budgets.iter().copied().zip(space.costs().totals(pattern)).collect(),
+        block_parameters: (config.block_parameters(), pruned_config.block_parameters()),
+        parameters: (config.parameters(), pruned_config.parameters()),
+        kv_bytes_per_token: (config.kv_bytes_per_token(2), pruned_config.kv_bytes_per_token(2)),
+        calibration: CalibrationReport {
+            embedder: calibration.embedder.clone(),
+            corpora: calibration.corpora.clone(),
+            cluster_sizes: calibration.cluster_sizes.clone(),
+            picture: calibration.picture.clone(),
+            tokens: [tokens(&calibration.sequences), tokens(&calibration.statistics), tokens(&calibration.held_out)],
+        },
+        levels: supernet.levels().map(|l| l.reports().cloned().collect()).unwrap_or_default(),
+        memory: Memory { statistics: supernet.levels().map_or(0, |l| l.peak_statistics_bytes), distributions, prefix_cache: (cached, limit) },
+        found,
         certificate,
         dense_loss,
+        held_out,
+        written,
         dense,
         pruned,
         work,
         certificate_work,
-        search_seconds,
-        block_parameters: (config.block_parameters(), pruned_config.block_parameters()),
-        parameters: (config.parameters(), pruned_config.parameters()),
-        kv_bytes_per_token: (config.kv_bytes_per_token(2), pruned_config.kv_bytes_per_token(2)),
-        cluster_sizes: calibration.cluster_sizes.clone(),
+        seconds,
         run,
     };
     storage::write_json(&directory.join("report.json"), &outcome)?;
     storage::write(&directory.join("report.html"), report::html(&outcome).as_bytes())?;
     storage::write_json(&directory.join(PROVENANCE), &report::provenance(&outcome))?;
+    let levels = directory.join(LEVELS);
+    if levels.exists() {
+        std::fs::remove_dir_all(&levels).map_err(|e| Error::io(&levels, e))?;
+    }
     Ok(outcome)
+}
+
+/// The latency table of the run, where a budget asks for one: read back, or measured and written.
+fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on_step: &mut dyn FnMut(Step) -> Result<()>) -> Result<Option<LatencyTable>> {
+    if options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
+        return Ok(None);
+    }
+    let path = directory.join(LATENCY);
+    if path.exists() {
+        return storage::read_json(&path).map(Some);
+    }
+    let without_latency = SpaceOptions { budgets: vec![Budget { resource: Resource::Params, keep: 0.5 }], ..options.space.clone() };
+    let widths = SearchSpace::new(inputs.checkpoint.config(), &without_latency, None)?.widths();
+    let table = latency::measure(inputs.decoder, &widths, &mut |done, all| on_step(Step::Latency { done, all }))?;
+    storage::write_json(&path, &table)?;
+    Ok(Some(table))
+}
+
+/// The model with its levels: built, or opened where a run before has built them. A space without partial widths has none.
+fn supernet(
+    directory: &Path,
+    inputs: &Inputs<'_>,
+    options: &PruneOptions,
+    space: &SearchSpace,
+    calibration: &Calibration,
+    on_step: &mut dyn FnMut(Step) -> Result<()>,
+) -> Result<Supernet> {
+    let widths = space.widths();
+    if widths.iter().all(|w| w.len() <= 2) {
+        return Ok(Supernet::raw(inputs.decoder));
+    }
+    let (train, held_out) = (calibration.statistics_tokens(), calibration.held_out_tokens());
+    let key = LevelKey {
+        model_sha256: inputs.model_sha256.to_string(),
+        tokens_sha256: tokens_sha256(train.iter().chain(&held_out)),
+        options: options.levels,
+        widths,
+    };
+    let place = options.level_directory.clone().unwrap_or_else(|| directory.join(LEVELS));
+    let levels = Levels::build(inputs.decoder, inputs.checkpoint.source().as_ref(), &train, &held_out, &key, &place, &mut |done, all| {
+        on_step(Step::Levels { done, all })
+    })?;
+    Supernet::new(inputs.decoder, levels)
+}
+
+/// Takes the pattern of least loss on held-out sequences among the search's best.
+fn pick(supernet: &Supernet, calibration: &Calibration, options: &PruneOptions, found: &mut Found) -> Result<HeldOut> {
+    let mut evaluator = Evaluator::new(
+        supernet,
+        &calibration.held_out_samples(),
+        options.objective,
+        options.savings,
+        HashMap::new(),
+        Work::default(),
+        Box::new(|_, _| Ok(())),
+    )?;
+    let patterns: Vec<Pattern> = found.elite.iter().map(|(pattern, _)| pattern.clone()).collect();
+    let fitness = evaluator.evaluate(&patterns)?;
+    let losses: Vec<f64> = fitness.iter().map(|f| f.loss).collect();
+    let chosen = (0..losses.len()).reduce(|best, other| if losses[other] < losses[best] { other } else { best }).unwrap_or(0);
+    if let Some((pattern, fitness)) = found.elite.get(chosen) {
+        (found.pattern, found.fitness) = (pattern.clone(), fitness.clone());
+    }
+    Ok(HeldOut { candidates: losses.len(), chosen, loss: losses.get(chosen).copied().unwrap_or(f64::NAN), search_loss: found.fitness.loss })
 }
 
 /// The calibration set of the run: read back, or sampled and written.
@@ -286,7 +477,7 @@ fn calibration(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on
         None => Box::new(HiddenStates { decoder: inputs.decoder, tokenizer, max_tokens: 128 }),
     };
     let mut stopped = Ok(());
-    let calibration = Calibration::sample(inputs.corpus, tokenizer, embedder.as_ref(), &options.calibration, |step| {
+    let calibration = Calibration::sample(inputs.corpora, tokenizer, embedder.as_ref(), &options.calibration, |step| {
         if stopped.is_ok() {
             stopped = on_step(Step::Calibration(step));
         }
@@ -300,7 +491,7 @@ fn calibration(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on
 fn perplexities(
     inputs: &Inputs<'_>,
     calibration: &Calibration,
-    pattern: &Pattern,
+    pruned: &Decoder,
     window: usize,
     on_step: &mut dyn FnMut(Step) -> Result<()>,
 ) -> Result<(Perplexity, Perplexity)> {
@@ -308,9 +499,8 @@ fn perplexities(
     const MOST_TOKENS: usize = 20_000;
     let mut tokens = match inputs.held_out {
         Some(text) => inputs.checkpoint.encode(text, false)?,
-        // a corpus too short to hold anything out is measured on its own sequences
-        None if calibration.held_out.len() < 2 => calibration.tokens().concat(),
-        None => calibration.held_out.clone(),
+        // (a corpus too short to hold anything out is measured on its own sequences)
+        None => calibration.held_out_tokens().concat(),
     };
     tokens.truncate(MOST_TOKENS);
     let mut stopped = Ok(());
@@ -320,7 +510,7 @@ fn perplexities(
         }
     };
     let dense = eval::perplexity(inputs.decoder, &tokens, window, |done, all| step(done, 2 * all))?;
-    let pruned = eval::perplexity(&inputs.decoder.masked(pattern)?, &tokens, window, |done, all| step(all + done, 2 * all))?;
+    let pruned = eval::perplexity(pruned, &tokens, window, |done, all| step(all + done, 2 * all))?;
     stopped?;
     Ok((dense, pruned))
 }
@@ -329,7 +519,7 @@ fn perplexities(
 struct Log {
     path: PathBuf,
     file: File,
-    evaluations: Vec<(Vec<Gene>, Fitness)>,
+    evaluations: Vec<(Vec<Gene>, Vec<f64>)>,
     /// Of the search, of the certificate.
     work: [Work; 2],
     seconds: f64,
@@ -354,7 +544,7 @@ impl Log {
             number += 1;
             let parsed = serde_json::from_slice(&line);
             match parsed.map_err(|e| Error::RunDirectory { path: path.to_path_buf(), message: format!("line {number} is not what a run writes there: {e}") })? {
-                LogLine::Evaluation { genes, fitness } => batch.push((genes, fitness)),
+                LogLine::Evaluation { genes, segments } => batch.push((genes, segments)),
                 LogLine::Work { phase, work, seconds } => {
                     log.evaluations.append(&mut batch);
                     log.work[phase as usize].add(work);
@@ -368,19 +558,20 @@ impl Log {
         Ok(log)
     }
 
-    fn known(&self, config: &Config) -> Result<HashMap<Pattern, Fitness>> {
-        self.evaluations.iter().map(|(genes, fitness)| Ok((Pattern::new(genes.clone(), config)?, fitness.clone()))).collect()
+    fn known(&self, config: &Config) -> Result<HashMap<Pattern, Vec<f64>>> {
+        // a pattern that was evaluated on more tokens later has its longer list last
+        self.evaluations.iter().map(|(genes, segments)| Ok((Pattern::new(genes.clone(), config)?, segments.clone()))).collect()
     }
 
-    fn append(&mut self, results: &[(Pattern, Fitness)], phase: Phase, work: Work, seconds: f64) -> Result<()> {
+    fn append(&mut self, results: &[(Pattern, Vec<f64>)], phase: Phase, work: Work, seconds: f64) -> Result<()> {
         if results.is_empty() && work.block_forwards == 0 {
             return Ok(()); // a round made of known patterns only
         }
         let mut lines = Vec::new();
         let as_io = |e: serde_json::Error| std::io::Error::from(e);
         let mut append = || -> std::io::Result<()> {
-            for (pattern, fitness) in results {
-                serde_json::to_writer(&mut lines, &LogLine::Evaluation { genes: pattern.layers().to_vec(), fitness: fitness.clone() }).map_err(as_io)?;
+            for (pattern, segments) in results {
+                serde_json::to_writer(&mut lines, &LogLine::Evaluation { genes: pattern.layers().to_vec(), segments: segments.clone() }).map_err(as_io)?;
                 lines.push(b'\n');
             }
             serde_json::to_writer(&mut lines, &LogLine::Work { phase, work, seconds }).map_err(as_io)?;

@@ -44,6 +44,7 @@ impl ModelArgs {
 
 const BUNDLED_CALIBRATION: &[u8] = include_bytes!("../../../models/tiny/calibration.txt.gz");
 const BUNDLED_HELD_OUT: &[u8] = include_bytes!("../../../models/tiny/held-out.txt.gz");
+const BUNDLED_CONTINUATIONS: &[u8] = include_bytes!("../../../models/tiny/continuations.jsonl.gz");
 
 /// Seven public-domain books that the bundled model was trained on.
 pub fn bundled_calibration() -> Result<String> {
@@ -55,26 +56,45 @@ pub fn bundled_held_out() -> Result<String> {
     gunzip(BUNDLED_HELD_OUT).context("the bundled held-out text")
 }
 
+/// 400 multiple-choice questions from those five books, as JSON lines: which words follow?
+pub fn bundled_continuations() -> Result<String> {
+    gunzip(BUNDLED_CONTINUATIONS).context("the bundled multiple-choice set")
+}
+
 fn gunzip(bytes: &[u8]) -> Result<String> {
     let mut text = String::new();
     flate2::read::MultiGzDecoder::new(bytes).read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// Reads plain text, or JSON lines with a `text` field (joined by blank lines), either of them gzipped.
-pub fn read_text(path: &Path) -> Result<String> {
+/// Whether a file's name says that it has JSON lines.
+pub fn is_json_lines(path: &Path) -> bool {
+    path.to_string_lossy().to_lowercase().trim_end_matches(".gz").ends_with(".jsonl")
+}
+
+/// Reads a text file, gzipped or not.
+pub fn read_file(path: &Path) -> Result<String> {
     let file = || path.display().to_string();
     let mut bytes = std::fs::read(path).with_context(file)?;
-    let mut name = path.to_string_lossy().to_lowercase();
     if bytes.starts_with(&[0x1f, 0x8b]) {
         let mut plain = Vec::new();
         flate2::read::MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut plain).with_context(|| format!("{}: damaged gzip file", file()))?;
         bytes = plain;
-        name = name.trim_end_matches(".gz").to_string();
     }
-    let text = String::from_utf8(bytes).map_err(|e| anyhow::anyhow!("{}: not UTF-8 text: byte {} can't be decoded", file(), e.utf8_error().valid_up_to()))?;
-    if !name.ends_with(".jsonl") {
-        return Ok(text);
+    String::from_utf8(bytes).map_err(|e| anyhow::anyhow!("{}: not UTF-8 text: byte {} can't be decoded", file(), e.utf8_error().valid_up_to()))
+}
+
+/// Reads plain text, or JSON lines with a `text` field (joined by blank lines), either of them gzipped.
+pub fn read_text(path: &Path) -> Result<String> {
+    Ok(read_documents(path)?.join("\n\n"))
+}
+
+/// Reads the documents of JSON lines with a `text` field, or a plain text as one document, either of them gzipped.
+pub fn read_documents(path: &Path) -> Result<Vec<String>> {
+    let file = || path.display().to_string();
+    let text = read_file(path)?;
+    if !is_json_lines(path) {
+        return Ok(vec![text]);
     }
     let mut documents = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
@@ -82,5 +102,5 @@ pub fn read_text(path: &Path) -> Result<String> {
         let text = value.get("text").and_then(|t| t.as_str()).with_context(|| format!("{}: line {}: expected a string field `text`", file(), number + 1))?;
         documents.push(text.to_string());
     }
-    Ok(documents.join("\n\n"))
+    Ok(documents)
 }

@@ -59,6 +59,8 @@ impl Display {
         match step {
             Step::Calibration(CalibrationStep::Embedding { done, all }) => self.show("calibrate", done, all, None),
             Step::Calibration(CalibrationStep::Clustering) => self.show("cluster", 0, 1, None),
+            Step::Latency { done, all } => self.show("latency", done, all, None),
+            Step::Levels { done, all } => self.show("levels", done, all, None),
             Step::Search(progress) => self.show("search", progress.round, progress.rounds, Some(progress)),
             Step::Certificate(progress) => self.show("certify", progress.round, progress.rounds, Some(progress)),
             Step::Perplexity { done, all } => self.show("perplexity", done, all, None),
@@ -89,7 +91,7 @@ impl Display {
         self.bar.set_position(done as u64);
         let eta = eta.map_or(String::new(), |s| format!("ETA {}", evop_pruning::run::human(Duration::from_secs_f64(s))));
         self.bar.set_message(match search {
-            Some(p) => format!("best loss {:.2}, {} evaluated of {} asked for  {eta}", p.best_loss, p.evaluated, p.requested),
+            Some(p) => format!("best loss {:.4}, {} evaluated of {} asked for  {eta}", p.best_loss, p.evaluated, p.requested),
             None => eta,
         });
     }

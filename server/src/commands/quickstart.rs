@@ -3,7 +3,8 @@
 use super::http;
 use super::model_args::ModelArgs;
 use super::progress::{Display, ProgressStyle};
-use super::prune::{self, PruneArgs};
+use super::prune;
+use super::prune_args::PruneArgs;
 use crate::config::DTypeChoice;
 use anyhow::{Context, Result, bail};
 use clap::{Args, FromArgMatches};

@@ -6,6 +6,8 @@ mod admin;
 mod chat;
 mod completions;
 mod errors;
+mod evaluate;
+mod export;
 mod harness;
 mod interrupted;
 mod keys;

@@ -12,8 +12,11 @@ pub mod matmul;
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
 
-/// Calls `f` with the elements of a contiguous f32 CPU tensor, without a copy.
-pub(crate) fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
+/// Calls `f` with the elements of an f32 CPU tensor, without a copy where it is contiguous.
+///
+/// # Errors
+/// [`crate::Error::Device`] for a tensor of another type or device.
+pub fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     match (&*storage, layout.contiguous_offsets()) {

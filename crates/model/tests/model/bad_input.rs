@@ -359,7 +359,7 @@ fn gguf_metadata_that_cannot_be_used() {
             let at = after(bytes, "general.architecture") + 12;
             bytes[at..at + 5].copy_from_slice(b"gpt-j");
         },
-        &["expected llama, qwen2 or qwen3", "gpt-j"],
+        &["expected llama, qwen2, qwen3 or deci", "gpt-j"],
     );
     fails_with(
         &|bytes| {

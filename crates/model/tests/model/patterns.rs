@@ -110,7 +110,7 @@ proptest! {
     #[test]
     fn a_model_without_any_sub_block_is_embedding_and_head(case in case()) {
         let decoder = case.model.load();
-        let nothing = Pattern::new(vec![Gene { kv_groups: 0, ffn: 0 }; decoder.layers().len()], decoder.config()).unwrap();
+        let nothing = Pattern::new(vec![Gene { kv_groups: 0, ffn: 0 }; decoder.config().num_layers()], decoder.config()).unwrap();
         let ids = tokens(11, case.seed);
         let batch = decoder.batch(&[Span::prompt(ids.len())]).unwrap();
         let embedded = decoder.logits(&decoder.embed(&ids, &batch).unwrap()).unwrap();

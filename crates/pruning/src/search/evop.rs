@@ -1,7 +1,9 @@
 //! EPPS, the evolutionary pruning pattern search of EvoP, as its authors' code runs it.
 
 use super::{Best, Found, Progress, SearchSpace, round_rng};
-use crate::evaluate::{Evaluator, Fitness};
+use crate::evaluate::Evaluator;
+use crate::objective::Fitness;
+use crate::space::Genome;
 use crate::{Error, Result};
 use evop_model::Pattern;
 use rand::Rng;
@@ -28,8 +30,9 @@ impl Default for EvopOptions {
     }
 }
 
-/// Bits a unit, true = skipped. Every generation: evaluate, select by tournament, cross at two points, flip bits, repair to exactly
-/// `space.remove` ones by random flips. No elitism; the best pattern of any generation is returned.
+/// A bit a unit. Every generation: evaluate, select by tournament, cross at two points, flip bits, repair to the budget (with equal units: to
+/// exactly k removed) by random flips. No elitism; the best pattern of any generation is returned. Where a unit has more than two
+/// options, a flip is a step to a random other one.
 pub(super) fn search(
     evaluator: &mut Evaluator<'_>,
     space: &SearchSpace,
@@ -44,34 +47,28 @@ pub(super) fn search(
         }
     }
     let mut best = Best::new();
-    let mut population: Vec<Vec<bool>> = {
+    let mut population: Vec<Genome> = {
         let mut rng = round_rng(seed, 0);
-        (0..options.population)
-            .map(|_| {
-                let mut bits: Vec<bool> = (0..space.units()).map(|_| rng.random_bool(0.5)).collect();
-                repair(&mut bits, space.remove, &mut rng);
-                bits
-            })
-            .collect()
+        (0..options.population).map(|_| space.random(&mut rng)).collect()
     };
     for generation in 1..=options.generations {
-        let patterns: Vec<Pattern> = population.iter().map(|bits| space.pattern(bits)).collect();
+        let patterns: Vec<Pattern> = population.iter().map(|genome| space.pattern(genome)).collect();
         let fitness = evaluator.evaluate(&patterns)?;
         best.offer(&patterns, &fitness);
         best.end_round(options.generations, evaluator, on_round)?;
-        population = next_generation(&population, &fitness, space.remove, options, &mut round_rng(seed, generation));
+        population = next_generation(&population, &fitness, space, options, &mut round_rng(seed, generation));
     }
     best.finish()
 }
 
-fn next_generation(population: &[Vec<bool>], fitness: &[Fitness], ones: usize, options: &EvopOptions, rng: &mut ChaCha8Rng) -> Vec<Vec<bool>> {
+fn next_generation(population: &[Genome], fitness: &[Fitness], space: &SearchSpace, options: &EvopOptions, rng: &mut ChaCha8Rng) -> Vec<Genome> {
     let size = population.len();
     let tournament = |rng: &mut ChaCha8Rng| {
         let drawn = (0..options.tournament).map(|_| rng.random_range(0..size));
         // a loss that isn't a number loses every tournament
         drawn.reduce(|best, other| if fitness[other].loss < fitness[best].loss || fitness[best].loss.is_nan() { other } else { best }).unwrap_or(0)
     };
-    let mut children: Vec<Vec<bool>> = (0..size).map(|_| population[tournament(rng)].clone()).collect();
+    let mut children: Vec<Genome> = (0..size).map(|_| population[tournament(rng)].clone()).collect();
     let half = size / 2;
     for pair in 0..half {
         let length = children[pair].len();
@@ -80,50 +77,39 @@ fn next_generation(population: &[Vec<bool>], fitness: &[Fitness], ones: usize, o
         left[pair][a.min(b)..a.max(b) + 1].swap_with_slice(&mut right[pair][a.min(b)..a.max(b) + 1]);
     }
     for child in &mut children {
-        for bit in child.iter_mut() {
-            *bit ^= rng.random_bool(options.mutation);
+        for (unit, option) in child.iter_mut().enumerate() {
+            if rng.random_bool(options.mutation) {
+                let others = (0..space.options(unit) as u8).filter(|o| o != option);
+                *option = others.choose(rng).unwrap_or(*option);
+            }
         }
-        repair(child, ones, rng);
+        space.repair(child, rng);
     }
     children
-}
-
-/// Flips random bits until exactly `ones` are set.
-fn repair(bits: &mut [bool], ones: usize, rng: &mut ChaCha8Rng) {
-    loop {
-        let set = bits.iter().filter(|b| **b).count();
-        if set == ones {
-            return;
-        }
-        let wrong = set > ones;
-        if let Some(at) = (0..bits.len()).filter(|i| bits[*i] == wrong).choose(rng) {
-            bits[at] = !wrong;
-        }
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn repair_reaches_the_count_from_both_sides() {
-        let mut rng = round_rng(1, 1);
-        for start in [vec![true; 9], vec![false; 9], vec![true, false, true, false, true, false, true, false, true]] {
-            let mut bits = start;
-            repair(&mut bits, 4, &mut rng);
-            assert_eq!(bits.iter().filter(|b| **b).count(), 4);
-        }
-    }
+    use crate::budget::{Budget, Resource};
+    use crate::space::{Grid, Space, SpaceOptions};
+    use evop_model::Config;
 
     #[test]
     fn a_generation_keeps_size_and_count_and_is_drawn_from_its_parents() {
+        let config = Config::from_json(
+            r#"{"model_type":"llama","vocab_size":8,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":12,"num_attention_heads":2,"max_position_embeddings":16}"#,
+            std::path::Path::new("config.json"),
+        )
+        .unwrap();
+        let budgets = vec![Budget::new(Resource::Params, 0.75).unwrap()];
+        let space = SearchSpace::new(&config, &SpaceOptions { space: Space::Layer, uniform: false, grid: Grid::default(), budgets }, None).unwrap();
         let options = EvopOptions { mutation: 0.0, ..Default::default() };
-        let population: Vec<Vec<bool>> = (0..10).map(|i| (0..12).map(|l| (l + i) % 4 == 0).collect()).collect();
-        let fitness: Vec<Fitness> = (0..10).map(|i| Fitness { loss: f64::from(i), sequences: vec![] }).collect();
-        let next = next_generation(&population, &fitness, 3, &options, &mut round_rng(5, 2));
+        let population: Vec<Genome> = (0..10).map(|i| (0..12).map(|l| u8::from((l + i) % 4 != 0)).collect()).collect();
+        let fitness: Vec<Fitness> = (0..10).map(|i| Fitness { loss: f64::from(i), segments: vec![] }).collect();
+        let next = next_generation(&population, &fitness, &space, &options, &mut round_rng(5, 2));
         assert_eq!(next.len(), 10);
-        assert!(next.iter().all(|c| c.iter().filter(|b| **b).count() == 3));
-        assert_eq!(next, next_generation(&population, &fitness, 3, &options, &mut round_rng(5, 2)));
+        assert!(next.iter().all(|c| c.iter().filter(|o| **o == 0).count() == 3), "a quarter of twelve, exactly");
+        assert_eq!(next, next_generation(&population, &fitness, &space, &options, &mut round_rng(5, 2)));
     }
 }

@@ -1,37 +1,37 @@
-//! Search spaces, budgets and strategies.
+//! Strategies behind one function: how a pattern of a space is found.
 
 mod evop;
 mod exhaustive;
+mod joint;
+mod racing;
 mod random;
+mod recipe;
+mod seeds;
 mod shortgpt;
 mod sleb;
+mod surrogate;
 
-use crate::evaluate::{Evaluator, Fitness};
+use crate::evaluate::Evaluator;
+use crate::names::named;
+use crate::objective::Fitness;
+use crate::space::SearchSpace;
 use crate::{Error, Result};
-use evop_model::{Config, Pattern};
+use evop_model::Pattern;
 use rand::SeedableRng;
-use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use std::str::FromStr;
 
 pub use evop::EvopOptions;
 pub use exhaustive::{Certificate, certify, count_patterns};
-
-/// What a gene stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Space {
-    /// Whole decoder layers: attention and MLP go together (EvoP).
-    Layer,
-    /// Attention and MLP sub-blocks on their own.
-    Block,
-}
+pub use joint::JointOptions;
+pub use recipe::Recipe;
 
 /// How the pattern is found. Each is named after its paper.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Strategy {
+    /// This project's: elitist evolution of drops and widths, seeded, screened and raced.
+    Joint,
     /// EvoP's genetic algorithm (arXiv 2502.14910).
     Evop,
     /// Greedy: the unit whose removal hurts least, again and again (SLEB, arXiv 2402.09025).
@@ -44,92 +44,20 @@ pub enum Strategy {
     Exhaustive,
 }
 
-macro_rules! named {
-    ($type:ty, $what:literal, $($name:literal => $value:expr),*) => {
-        impl FromStr for $type {
-            type Err = String;
-            fn from_str(text: &str) -> std::result::Result<Self, String> {
-                match text { $($name => Ok($value),)* other => Err(format!("expected {}, found {other:?}", [$($name),*].join(", "))) }
-            }
-        }
-        impl std::fmt::Display for $type {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                $(if *self == $value { return f.write_str($name); })*
-                Ok(())
-            }
-        }
-    };
-}
-
-named!(Space, "space", "layer" => Space::Layer, "block" => Space::Block);
-named!(Strategy, "strategy", "evop" => Strategy::Evop, "sleb" => Strategy::Sleb, "shortgpt" => Strategy::Shortgpt,
+named!(Strategy, "joint" => Strategy::Joint, "evop" => Strategy::Evop, "sleb" => Strategy::Sleb, "shortgpt" => Strategy::Shortgpt,
        "random" => Strategy::Random, "exhaustive" => Strategy::Exhaustive);
-
-/// The patterns that a search may return: exactly `remove` of `units` skipped.
-#[derive(Debug, Clone)]
-pub struct SearchSpace {
-    dense: Pattern,
-    /// The sub-blocks that each unit stands for.
-    units: Vec<Vec<usize>>,
-    /// How many units a pattern skips.
-    pub remove: usize,
-}
-
-impl SearchSpace {
-    /// The space over a model in which `ceil(units x sparsity)` units are skipped.
-    ///
-    /// # Errors
-    /// [`Error::Option`] unless 0 < sparsity < 1 and at least one unit remains.
-    pub fn new(config: &Config, space: Space, sparsity: f64) -> Result<Self> {
-        if !(sparsity > 0.0 && sparsity < 1.0) {
-            return Err(Error::option("--sparsity", format!("expected a fraction above 0 and below 1, such as 0.25; found {sparsity}")));
-        }
-        let dense = Pattern::dense(config);
-        let units: Vec<Vec<usize>> = match space {
-            Space::Layer => (0..config.num_layers()).map(|l| vec![2 * l, 2 * l + 1]).collect(),
-            Space::Block => (0..2 * config.num_layers()).map(|s| vec![s]).collect(),
-        };
-        // sub-blocks that an earlier pruning took can't go again
-        let units: Vec<Vec<usize>> = units.into_iter().filter(|u| u.iter().any(|s| dense.keeps(*s))).collect();
-        let remove = (units.len() as f64 * sparsity).ceil() as usize;
-        if remove >= units.len() {
-            return Err(Error::option("--sparsity", format!("{sparsity} of {} units is {remove}: expected at least one unit to remain", units.len())));
-        }
-        Ok(Self { dense, units, remove })
-    }
-
-    /// Number of units.
-    pub fn units(&self) -> usize {
-        self.units.len()
-    }
-
-    /// The pattern that skips the units marked true.
-    pub fn pattern(&self, skipped: &[bool]) -> Pattern {
-        let sub_blocks = self.units.iter().zip(skipped).filter(|(_, s)| **s).flat_map(|(unit, _)| unit);
-        sub_blocks.fold(self.dense.clone(), |pattern, s| pattern.without(*s))
-    }
-
-    /// The units that a pattern skips.
-    pub fn skipped(&self, pattern: &Pattern) -> Vec<bool> {
-        self.units.iter().map(|unit| unit.iter().all(|s| !pattern.keeps(*s))).collect()
-    }
-
-    /// A random selection of exactly `remove` units.
-    fn random(&self, rng: &mut ChaCha8Rng) -> Vec<bool> {
-        let mut skipped = vec![false; self.units()];
-        skipped[..self.remove].fill(true);
-        skipped.shuffle(rng);
-        skipped
-    }
-}
 
 /// What a search needs besides its strategy's own options.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SearchOptions {
     /// How.
     pub strategy: Strategy,
-    /// EvoP's parameters; `random` draws as many patterns as they allow evaluations.
+    /// Parameters of `joint`.
+    pub joint: JointOptions,
+    /// Parameters of `evop`.
     pub evop: EvopOptions,
+    /// Patterns that `random` draws.
+    pub evaluations: usize,
     /// Random numbers.
     pub seed: u64,
 }
@@ -156,8 +84,23 @@ pub struct Found {
     pub pattern: Pattern,
     /// Its fitness.
     pub fitness: Fitness,
-    /// Best loss after each round.
-    pub history: Vec<f64>,
+    /// After each round.
+    pub history: Vec<Round>,
+    /// The best patterns, best first, for a choice on held-out text; just the one where a strategy has no others.
+    pub elite: Vec<(Pattern, Fitness)>,
+    /// Mean rank correlation between what the surrogate predicted of a generation and what was measured, where one was used.
+    pub surrogate_rank_correlation: Option<f64>,
+}
+
+/// A point of a search's course.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// The best loss so far.
+    pub best_loss: f64,
+    /// Block-forwards done so far.
+    pub block_forwards: usize,
+    /// Patterns evaluated so far.
+    pub evaluated: usize,
 }
 
 /// Runs a strategy. `on_round` may stop it by returning an error; what was evaluated is in the evaluator's record.
@@ -166,10 +109,11 @@ pub struct Found {
 /// [`Error::Model`] when the device fails; [`Error::NotFinite`] when no pattern has a finite loss; whatever `on_round` returns.
 pub fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, options: &SearchOptions, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
     match options.strategy {
+        Strategy::Joint => joint::search(evaluator, space, &options.joint, options.seed, on_round),
         Strategy::Evop => evop::search(evaluator, space, &options.evop, options.seed, on_round),
         Strategy::Sleb => sleb::search(evaluator, space, on_round),
         Strategy::Shortgpt => shortgpt::search(evaluator, space, on_round),
-        Strategy::Random => random::search(evaluator, space, options.evop.population * options.evop.generations, options.seed, on_round),
+        Strategy::Random => random::search(evaluator, space, options.evaluations, options.seed, on_round),
         Strategy::Exhaustive => exhaustive::search(evaluator, space, on_round),
     }
 }
@@ -184,7 +128,7 @@ fn round_rng(seed: u64, round: usize) -> ChaCha8Rng {
 /// Keeps the best pattern of all rounds; ties go to the earlier one.
 struct Best {
     found: Option<(Pattern, Fitness)>,
-    history: Vec<f64>,
+    history: Vec<Round>,
 }
 
 impl Best {
@@ -203,13 +147,13 @@ impl Best {
 
     fn end_round(&mut self, rounds: usize, evaluator: &Evaluator<'_>, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<()> {
         let best_loss = self.found.as_ref().map_or(f64::INFINITY, |(_, f)| f.loss);
-        self.history.push(best_loss);
         let work = evaluator.work();
+        self.history.push(Round { best_loss, block_forwards: work.block_forwards, evaluated: work.evaluated });
         on_round(Progress { round: self.history.len(), rounds, best_loss, evaluated: work.evaluated, requested: work.requested })
     }
 
     fn finish(self) -> Result<Found> {
         let (pattern, fitness) = self.found.ok_or(Error::NotFinite(f64::NAN))?;
-        Ok(Found { pattern, fitness, history: self.history })
+        Ok(Found { elite: vec![(pattern.clone(), fitness.clone())], pattern, fitness, history: self.history, surrogate_rank_correlation: None })
     }
 }

@@ -1,8 +1,9 @@
 //! The control: the best of as many random patterns as the search would have evaluated.
 
-use super::{Best, Found, Progress, SearchSpace, round_rng};
-use crate::Result;
+use super::{Best, Found, Progress, round_rng};
 use crate::evaluate::Evaluator;
+use crate::space::SearchSpace;
+use crate::{Error, Result};
 
 /// Patterns between two records of progress.
 const CHUNK: usize = 50;
@@ -14,6 +15,9 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
+    if evaluations == 0 {
+        return Err(Error::option("--evaluations", "expected at least 1, found 0".to_string()));
+    }
     let mut best = Best::new();
     let rounds = evaluations.div_ceil(CHUNK);
     for round in 0..rounds {

@@ -1,28 +1,39 @@
 //! ShortGPT (arXiv 2403.03853): block influence 1 - E[cos(x_l, x_{l+1})] of every layer, one forward pass, the lowest go.
 
-use super::{Best, Found, Progress, SearchSpace};
+use super::{Best, Found, Progress};
 use crate::evaluate::Evaluator;
+use crate::space::{SearchSpace, Space};
 use crate::{Error, Result};
 use candle_core::{D, DType, Tensor};
 
 pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
-    let layers = evaluator.decoder().config().num_layers();
-    if space.units() != layers {
+    let layers = evaluator.supernet().decoder().config().num_layers();
+    if space.kind() != Space::Layer || space.units() != layers {
         return Err(Error::option("--space", "shortgpt ranks whole layers of a model that has them all: expected layer".to_string()));
     }
     let mut cosines = vec![(0.0, 0usize); layers];
-    evaluator.visit_layers(|layer, before, after| {
-        let (sum, tokens) = cosine_sum(before, after)?;
-        cosines[layer].0 += sum;
-        cosines[layer].1 += tokens;
+    let mut before_layer = None;
+    evaluator.visit(space.dense(), |s, before, after| {
+        if s.is_multiple_of(2) {
+            before_layer = Some(before.clone());
+        } else if let Some(before) = &before_layer {
+            let (sum, tokens) = cosine_sum(before, after)?;
+            cosines[s / 2].0 += sum;
+            cosines[s / 2].1 += tokens;
+        }
         Ok(())
     })?;
     let influence: Vec<f64> = cosines.iter().map(|(sum, tokens)| 1.0 - sum / *tokens as f64).collect();
     let mut order: Vec<usize> = (0..layers).collect();
     order.sort_by(|a, b| influence[*a].total_cmp(&influence[*b]));
-    let mut skipped = vec![false; layers];
-    order[..space.remove].iter().for_each(|l| skipped[*l] = true);
-    let patterns = [space.pattern(&skipped)];
+    let mut genome = space.dense_genome();
+    for layer in order {
+        if space.fits(&genome) {
+            break;
+        }
+        genome[layer] = 0;
+    }
+    let patterns = [space.pattern(&genome)];
     let fitness = evaluator.evaluate(&patterns)?;
     let mut best = Best::new();
     best.offer(&patterns, &fitness);

@@ -1,8 +1,10 @@
 //! What can't be pruned is refused with a text that says why and what to do.
 
-use crate::setting::{book, options, prune, tiny};
+use crate::setting::{book, corpus, options, prune, tiny};
+use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::{Calibration, CalibrationOptions};
-use evop_pruning::search::{Space, Strategy};
+use evop_pruning::search::Strategy;
+use evop_pruning::space::Space;
 use evop_pruning::{HiddenStates, eval};
 
 fn refused(result: evop_pruning::Result<impl std::fmt::Debug>, texts: &[&str]) {
@@ -13,20 +15,29 @@ fn refused(result: evop_pruning::Result<impl std::fmt::Debug>, texts: &[&str]) {
 }
 
 #[test]
-fn sparsities_outside_of_0_to_1_are_refused() {
-    for sparsity in [0.0, 1.0, 1.5, -0.1, f64::NAN, 0.99] {
+fn budgets_that_no_pattern_meets_are_refused() {
+    for wrong in [0.0, 1.0, 1.5, -0.1, f64::NAN] {
+        refused(Budget::removing(wrong), &["--sparsity", "expected"]);
+        refused(Budget::new(Resource::Kv, wrong), &["--kv", "expected"]);
+    }
+    for (space, keep) in [(Space::Layer, 0.01), (Space::Width, 0.2), (Space::Layer, 0.05)] {
         let directory = tempfile::tempdir().unwrap();
-        let wrong = evop_pruning::run::PruneOptions { sparsity, ..options(Strategy::Evop, Space::Layer) };
-        refused(prune(directory.path(), &wrong, &mut |_| Ok(())), &["--sparsity", "expected"]);
+        let mut options = options(Strategy::Evop, space);
+        options.space.budgets = vec![Budget::new(Resource::Params, keep).unwrap()];
+        refused(prune(directory.path(), &options, &mut |_| Ok(())), &["--params", "expected a larger"]);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
     }
+    let directory = tempfile::tempdir().unwrap();
+    let mut options = options(Strategy::Evop, Space::Layer);
+    options.space.budgets.clear();
+    refused(prune(directory.path(), &options, &mut |_| Ok(())), &["expected a budget"]);
 }
 
 #[test]
 fn a_corpus_that_is_empty_or_too_short_is_refused() {
     let (checkpoint, decoder) = tiny();
     let embedder = HiddenStates { decoder: &decoder, tokenizer: checkpoint.tokenizer(), max_tokens: 64 };
-    let sample = |text: &str| Calibration::sample(text, checkpoint.tokenizer(), &embedder, &CalibrationOptions::default(), |_| {});
+    let sample = |text: &str| Calibration::sample(&corpus(text), checkpoint.tokenizer(), &embedder, &CalibrationOptions::paper(), |_| {});
     refused(sample(""), &["empty"]);
     refused(sample("\n\n   \n"), &["empty"]);
     refused(sample("Too short."), &["fewer than one sequence of 2048", "--sequence-length"]);
@@ -37,9 +48,12 @@ fn one_document_again_and_again_still_calibrates() {
     let (checkpoint, decoder) = tiny();
     let embedder = HiddenStates { decoder: &decoder, tokenizer: checkpoint.tokenizer(), max_tokens: 64 };
     let text = "It was a dark night. ".repeat(6_000);
-    let options = CalibrationOptions { sequence_length: 100, ..Default::default() };
-    let calibration = Calibration::sample(&text, checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
+    let options = CalibrationOptions { sequences: 5, sequence_length: 100, deduplicate: false, ..Default::default() };
+    let calibration = Calibration::sample(&corpus(&text), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
     assert_eq!(calibration.sequences.len(), 5);
+    // without the repetitions nothing is left to make sequences of, and that is said
+    let apart = CalibrationOptions { deduplicate: true, ..options };
+    refused(Calibration::sample(&corpus(&text), checkpoint.tokenizer(), &embedder, &apart, |_| {}), &["expected a longer text"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The sentence-transformers embedder against transformers, where the model has been fetched.
 
-use crate::setting::{book, root, tiny};
+use crate::setting::{book, corpus, root, tiny};
 use evop_model::Device;
 use evop_pruning::calibration::{Calibration, CalibrationOptions};
 use evop_pruning::{Embedder, HiddenStates, SentenceTransformer};
@@ -22,8 +22,8 @@ fn minilm_embeds_as_in_transformers_and_samples_a_calibration_set() {
         }
     }
     let (checkpoint, _) = tiny();
-    let options = CalibrationOptions { sequences: 5, sequence_length: 100, ..Default::default() };
-    let calibration = Calibration::sample(&book("calibration.txt.gz", 150_000), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
+    let options = CalibrationOptions { sequences: 5, sequence_length: 100, ..CalibrationOptions::paper() };
+    let calibration = Calibration::sample(&corpus(&book("calibration.txt.gz", 150_000)), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
     assert_eq!(calibration.cluster_sizes.len(), 5);
     assert!(calibration.embedder.contains("BERT"));
 }
@@ -33,13 +33,20 @@ fn the_models_own_hidden_states_cluster_a_corpus_the_same_way_twice() {
     let (checkpoint, decoder) = tiny();
     let embedder = HiddenStates { decoder: &decoder, tokenizer: checkpoint.tokenizer(), max_tokens: 64 };
     let options = CalibrationOptions { sequences: 4, sequence_length: 200, ..Default::default() };
-    let sample = || Calibration::sample(&book("calibration.txt.gz", 200_000), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
+    let sample = || Calibration::sample(&corpus(&book("calibration.txt.gz", 200_000)), checkpoint.tokenizer(), &embedder, &options, |_| {}).unwrap();
     let calibration = sample();
     assert_eq!(calibration, sample());
     assert_eq!(calibration.sequences.len(), 4);
     assert!(calibration.sequences.iter().all(|s| s.tokens.len() == 200));
     assert!(calibration.cluster_sizes.iter().all(|n| *n > 0));
-    let used: std::collections::HashSet<usize> = calibration.sequences.iter().flat_map(|s| s.chunks.iter().map(|c| c.chunk)).collect();
-    assert!(used.iter().all(|c| c % 10 != 9), "held-out chunks are never calibrated on");
-    assert!(!calibration.held_out.is_empty());
+    let used = |sequences: &[evop_pruning::calibration::Sequence]| -> std::collections::HashSet<usize> {
+        sequences.iter().flat_map(|s| s.chunks.iter().map(|c| c.chunk)).collect()
+    };
+    let seen = used(&calibration.statistics);
+    assert!(used(&calibration.sequences).is_subset(&seen));
+    let held_out = used(&calibration.held_out);
+    assert!(!held_out.is_empty() && held_out.is_disjoint(&seen), "held-out chunks are never calibrated on");
+    let clusters: std::collections::HashSet<usize> = calibration.sequences.iter().map(|s| s.cluster).collect();
+    assert_eq!(clusters.len(), 4, "every sequence from another cluster: {clusters:?}");
+    assert_eq!(calibration.picture.len(), calibration.corpora[0].chunks.min(1_024));
 }

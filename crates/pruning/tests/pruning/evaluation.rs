@@ -1,95 +1,135 @@
 //! The evaluator: equal to evaluating one by one, and cheaper.
 
-use crate::setting::{book, tiny};
+use crate::setting::{KL, NLL, evaluator, patterns, samples, search_options, space, tiny};
 use evop_model::{NoCache, Pattern, Span};
-use evop_pruning::evaluate::{Evaluator, Work};
-use evop_pruning::search::{self, SearchOptions, SearchSpace, Space, Strategy};
-use std::collections::HashMap;
-
-fn sequences() -> Vec<Vec<u32>> {
-    let (checkpoint, _) = tiny();
-    let tokens = checkpoint.encode(&book("calibration.txt.gz", 6_000), false).unwrap();
-    tokens.chunks_exact(64).take(3).map(<[u32]>::to_vec).collect()
-}
+use evop_pruning::evaluate::Savings;
+use evop_pruning::search::{self, Strategy};
+use evop_pruning::space::Space;
+use evop_pruning::supernet::Supernet;
 
 #[test]
 fn a_loss_is_that_of_the_masked_model_run_alone_bit_for_bit() {
     let (checkpoint, decoder) = tiny();
-    let space = SearchSpace::new(checkpoint.config(), Space::Block, 0.25).unwrap();
-    let patterns: Vec<Pattern> = (0..12usize).map(|i| space.pattern(&(0..24).map(|u| (u * 7 + i * 5) % 24 < 6).collect::<Vec<_>>())).collect();
-    let sequences = sequences();
-    let mut evaluator = Evaluator::new(&decoder, &sequences, HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
-    let together = evaluator.evaluate(&patterns).unwrap();
-    for (pattern, fitness) in patterns.iter().zip(&together) {
-        let masked = decoder.masked(pattern).unwrap();
-        let mut loss = 0.0;
-        for (sequence, mean) in sequences.iter().zip(&fitness.sequences) {
-            let batch = masked.batch(&[Span::prompt(sequence.len())]).unwrap();
-            let logits = masked.logits(&masked.forward(sequence, &batch, &mut NoCache).unwrap()).unwrap().to_vec2::<f32>().unwrap();
-            let nll: f64 = logits
-                .iter()
-                .zip(&sequence[1..])
-                .map(|(row, target)| {
-                    let sum: f64 = row.iter().map(|l| f64::from(*l).exp()).sum();
-                    sum.ln() - f64::from(row[*target as usize])
-                })
-                .sum();
-            let expected = nll / (sequence.len() - 1) as f64;
-            assert!((mean - expected).abs() < 1e-5, "{mean} {expected}");
-            loss += mean * sequence.len() as f64;
+    let supernet = Supernet::raw(&decoder);
+    for kind in [Space::Block, Space::JointHeads] {
+        let patterns = patterns(&checkpoint, kind);
+        let mut together = evaluator(&supernet, NLL, Savings::default());
+        let last = evop_model::Pattern::dense(checkpoint.config()).layers().len() * 2 - 1;
+        let mut patterns = patterns;
+        // children of the first two, which share most of their way
+        let children = [patterns[0].without(last), patterns[1].without(last)];
+        patterns.extend(children);
+        together.anchor(&patterns[..2]);
+        // a second batch finds boundary states of the first one's anchors
+        let mut fitness = together.evaluate(&patterns[..6]).unwrap();
+        let before = together.work().block_forwards;
+        fitness.extend(together.evaluate(&patterns[6..12]).unwrap());
+        let between = together.work().block_forwards;
+        assert!(between > before);
+        fitness.extend(together.evaluate(&patterns[12..]).unwrap());
+        assert_eq!(together.work().block_forwards, between, "all but the last sub-block was kept, and that is skipped");
+        for (pattern, fitness) in patterns.iter().zip(&fitness) {
+            let masked = decoder.masked(pattern).unwrap();
+            for (sample, mean) in samples().iter().zip(&fitness.segments) {
+                let sequence = &sample.tokens;
+                let batch = masked.batch(&[Span::prompt(sequence.len())]).unwrap();
+                let logits = masked.logits(&masked.forward(sequence, &batch, &mut NoCache).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+                let nll: f64 = logits
+                    .iter()
+                    .zip(&sequence[1..])
+                    .map(|(row, target)| row.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln() - f64::from(row[*target as usize]))
+                    .sum();
+                let expected = nll / (sequence.len() - 1) as f64;
+                assert!((mean - expected).abs() < 1e-5, "{mean} {expected}");
+            }
+            let mut alone = evaluator(&supernet, NLL, Savings { memo: false, prefix: false, prefix_cache_bytes: 0 });
+            assert_eq!(alone.evaluate(std::slice::from_ref(pattern)).unwrap()[0], *fitness);
         }
-        assert_eq!(fitness.loss, loss);
-        let mut alone = Evaluator::new(&decoder, &sequences, HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
-        assert_eq!(alone.evaluate(std::slice::from_ref(pattern)).unwrap()[0], *fitness);
     }
 }
 
 #[test]
-fn a_pattern_is_never_evaluated_twice() {
+fn the_dense_models_divergence_from_itself_is_nothing_and_others_have_some() {
     let (checkpoint, decoder) = tiny();
+    let supernet = Supernet::raw(&decoder);
+    let mut evaluator = evaluator(&supernet, KL, Savings::default());
     let dense = Pattern::dense(checkpoint.config());
-    let mut evaluator = Evaluator::new(&decoder, &sequences(), HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
+    let fitness = evaluator.evaluate(&[dense.clone(), dense.without(5), dense.without(5).without(12)]).unwrap();
+    assert!(fitness[0].loss.abs() < 1e-6, "{}", fitness[0].loss);
+    assert!(fitness[1].loss > 1e-4 && fitness[2].loss > fitness[1].loss);
+}
+
+#[test]
+fn a_pattern_is_never_evaluated_twice_on_the_same_tokens() {
+    let (checkpoint, decoder) = tiny();
+    let supernet = Supernet::raw(&decoder);
+    let dense = Pattern::dense(checkpoint.config());
+    let mut memo = evaluator(&supernet, NLL, Savings::default());
     let patterns = [dense.clone(), dense.without(0), dense];
-    evaluator.evaluate(&patterns).unwrap();
-    evaluator.evaluate(&patterns).unwrap();
-    let work = evaluator.work();
+    memo.evaluate(&patterns).unwrap();
+    memo.evaluate(&patterns).unwrap();
+    let work = memo.work();
     assert_eq!((work.requested, work.evaluated), (6, 2));
     // 24 + 23 sub-blocks on 3 sequences one by one; the dense one shares nothing with one that lacks the first sub-block
     assert_eq!(work.memo_block_forwards, 47 * 3);
+    let mut none = evaluator(&supernet, NLL, Savings { memo: false, ..Default::default() });
+    none.evaluate(&patterns).unwrap();
+    none.evaluate(&patterns).unwrap();
+    assert_eq!(none.work().evaluated, 6);
 }
 
 #[test]
 fn exhaustive_search_of_the_220_takes_less_than_half_of_the_block_forwards() {
     let (checkpoint, decoder) = tiny();
-    let space = SearchSpace::new(checkpoint.config(), Space::Layer, 0.25).unwrap();
-    assert_eq!((search::count_patterns(&space), space.remove), (220, 3));
-    let mut evaluator = Evaluator::new(&decoder, &sequences(), HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
-    let options = SearchOptions { strategy: Strategy::Exhaustive, evop: Default::default(), seed: 1 };
-    let optimum = search::search(&mut evaluator, &space, &options, &mut |_| Ok(())).unwrap();
-    let work = evaluator.work();
+    let supernet = Supernet::raw(&decoder);
+    let space = space(&checkpoint, Space::Layer, 0.25);
+    assert_eq!(search::count_patterns(&space, 1_000), Some(220));
+    let mut all = evaluator(&supernet, NLL, Savings::default());
+    let optimum = search::search(&mut all, &space, &search_options(Strategy::Exhaustive), &mut |_| Ok(())).unwrap();
+    let work = all.work();
     assert_eq!((work.evaluated, work.naive_block_forwards), (220, 220 * 18 * 3));
     assert!(2 * work.block_forwards <= work.naive_block_forwards, "{work:?}");
-    // the genetic search finds it too, and is told so
-    let mut evaluator = Evaluator::new(&decoder, &sequences(), HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
-    let options = SearchOptions { strategy: Strategy::Evop, evop: Default::default(), seed: 31 };
-    let found = search::search(&mut evaluator, &space, &options, &mut |_| Ok(())).unwrap();
-    assert!(found.history.windows(2).all(|w| w[1] <= w[0]));
-    let (certificate, chosen) = search::certify(&mut evaluator, &space, &found, &mut |_| Ok(())).unwrap();
-    assert_eq!(certificate.optimum, optimum.fitness.loss);
-    assert_eq!(chosen.fitness.loss, optimum.fitness.loss);
-    assert_eq!(certificate.is_optimal(), found.fitness.loss == optimum.fitness.loss);
+    // the genetic searches find it too, or are told by how much they missed it
+    for strategy in [Strategy::Evop, Strategy::Joint] {
+        let mut evaluator = evaluator(&supernet, NLL, Savings::default());
+        let found = search::search(&mut evaluator, &space, &search_options(strategy), &mut |_| Ok(())).unwrap();
+        assert!(found.history.windows(2).all(|w| w[1].best_loss <= w[0].best_loss));
+        let (certificate, chosen) = search::certify(&mut evaluator, &space, &found, &mut |_| Ok(())).unwrap();
+        assert_eq!(certificate.optimum, optimum.fitness.loss);
+        assert_eq!(chosen.fitness.loss, optimum.fitness.loss);
+        assert_eq!(certificate.is_optimal(), found.fitness.loss == optimum.fitness.loss, "{strategy}");
+    }
 }
 
 #[test]
 fn one_thread_and_three_give_the_same_losses() {
     let (checkpoint, decoder) = tiny();
-    let dense = Pattern::dense(checkpoint.config());
+    let supernet = Supernet::raw(&decoder);
+    let patterns = patterns(&checkpoint, Space::Joint);
     let losses = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let mut evaluator = Evaluator::new(&decoder, &sequences(), HashMap::new(), Work::default(), Box::new(|_, _| Ok(()))).unwrap();
-            evaluator.evaluate(&[dense.clone(), dense.without(3)]).unwrap()
-        })
+        pool.install(|| evaluator(&supernet, KL, Savings::default()).evaluate(&patterns[..3]).unwrap())
     };
     assert_eq!(losses(1), losses(3));
+}
+
+#[test]
+fn the_first_packs_of_an_evaluation_are_not_computed_again_for_the_rest() {
+    let (checkpoint, decoder) = tiny();
+    let supernet = Supernet::raw(&decoder);
+    let dense = Pattern::dense(checkpoint.config());
+    let long: Vec<_> = (0..3).flat_map(|_| samples()).collect();
+    // 9 sequences of 65 tokens are one pack; 40 are three
+    let many: Vec<_> = long.iter().cycle().take(40).cloned().collect();
+    let new = || {
+        evop_pruning::evaluate::Evaluator::new(&supernet, &many, NLL, Savings::default(), Default::default(), Default::default(), Box::new(|_, _| Ok(())))
+            .unwrap()
+    };
+    let (mut by_parts, mut at_once) = (new(), new());
+    assert_eq!(by_parts.packs(), 3);
+    let first = by_parts.evaluate_first(&[dense.clone()], 1).unwrap().remove(0);
+    let whole = by_parts.evaluate(&[dense.clone()]).unwrap().remove(0);
+    assert_eq!(whole, at_once.evaluate(&[dense]).unwrap()[0]);
+    assert_eq!(whole.segments[..first.segments.len()], first.segments);
+    assert_eq!(by_parts.work().block_forwards, at_once.work().block_forwards);
 }

@@ -2,8 +2,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod checkpoints;
 mod embedder;
 mod evaluation;
+mod multiple_choice;
 mod perplexity;
 mod runs;
 mod setting;
+mod small_models;

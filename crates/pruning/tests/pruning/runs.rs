@@ -1,14 +1,22 @@
 //! Whole runs: every strategy, interruption anywhere, and what is written.
 
-use crate::setting::{options, prune, tiny};
-use evop_model::{Checkpoint, DType, Device, NoCache, Pattern, Span};
+use crate::setting::{options, prune, space, tiny};
+use evop_model::{Checkpoint, DType, Device, Gene, NoCache, Pattern, Span};
 use evop_pruning::Error;
-use evop_pruning::run::{self, Outcome, Step};
-use evop_pruning::search::{Space, Strategy};
+use evop_pruning::budget::{Budget, Resource};
+use evop_pruning::run::{self, Outcome, PruneOptions, Step};
+use evop_pruning::search::Strategy;
+use evop_pruning::space::Space;
 use std::path::Path;
 
-fn whole(directory: &Path, strategy: Strategy, space: Space) -> Outcome {
-    prune(directory, &options(strategy, space), &mut |_| Ok(())).unwrap()
+fn whole(directory: &Path, options: &PruneOptions) -> Outcome {
+    prune(directory, options, &mut |_| Ok(())).unwrap()
+}
+
+fn logits(decoder: &evop_model::Decoder) -> Vec<Vec<f32>> {
+    let tokens = [5, 17, 300, 4, 1000, 12, 9];
+    let batch = decoder.batch(&[Span::prompt(tokens.len())]).unwrap();
+    decoder.logits(&decoder.forward(&tokens, &batch, &mut NoCache).unwrap()).unwrap().to_vec2::<f32>().unwrap()
 }
 
 #[test]
@@ -22,64 +30,156 @@ fn every_strategy_runs_to_a_checkpoint_whose_logits_are_the_masked_parents() {
         (Strategy::Exhaustive, Space::Layer),
         (Strategy::Evop, Space::Block),
         (Strategy::Sleb, Space::Block),
+        (Strategy::Joint, Space::Block),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let outcome = whole(directory.path(), strategy, space);
-        let kept = outcome.kept.iter().filter(|k| **k).count();
-        assert_eq!(kept, 18, "{strategy} {space}");
+        let outcome = whole(directory.path(), &options(strategy, space));
+        assert!(outcome.kept_of_budgets[0].1 <= 0.75 + 1e-9, "{strategy} {space}");
+        assert!(outcome.widths.iter().all(|(whole, kept)| kept == whole || *kept == 0));
         assert!(outcome.pruned.perplexity.is_finite() && outcome.dense.perplexity < outcome.pruned.perplexity);
-        assert!(outcome.block_parameters.1 < outcome.block_parameters.0);
         let pruned = Checkpoint::open(directory.path()).unwrap();
         assert_eq!(pruned.config().parameters(), outcome.parameters.1);
         let pruned = pruned.decoder(&Device::Cpu, DType::F32).unwrap();
         let masked = dense.masked(&outcome.found.pattern).unwrap();
-        let tokens = [5, 17, 300, 4, 1000, 12, 9];
-        let logits = |d: &evop_model::Decoder| {
-            let batch = d.batch(&[Span::prompt(tokens.len())]).unwrap();
-            d.logits(&d.forward(&tokens, &batch, &mut NoCache).unwrap()).unwrap().to_vec2::<f32>().unwrap()
-        };
         assert_eq!(logits(&pruned), logits(&masked), "{strategy} {space}");
         let html = std::fs::read_to_string(directory.path().join("report.html")).unwrap();
-        assert!(html.contains("pattern map") && html.contains("Best loss by round") && html.contains("cluster 0"));
+        assert!(html.contains("pattern map") && html.contains("best loss by block-forwards") && html.contains("cluster 0"));
         assert!(std::fs::read_dir(directory.path()).unwrap().all(|f| !f.unwrap().file_name().to_string_lossy().ends_with(".part")));
     }
 }
 
 #[test]
+fn repaired_widths_beat_every_way_to_drop_whole_sub_blocks_and_are_what_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let joint = whole(directory.path(), &options(Strategy::Joint, Space::Joint));
+    assert!(joint.widths.iter().any(|(whole, kept)| kept < whole && *kept > 0), "partial widths: {:?}", joint.widths);
+    assert!(joint.levels.iter().all(|l| l.errors.values().all(|(raw, repaired)| repaired <= raw)), "a repair errs less than none");
+    assert!(!directory.path().join("levels").exists(), "the level database goes at the end");
+    for strategy in [Strategy::Sleb, Strategy::Joint] {
+        let other = tempfile::tempdir().unwrap();
+        let dropped = whole(other.path(), &options(strategy, Space::Block));
+        assert!(joint.pruned.perplexity < dropped.pruned.perplexity, "{} {strategy} {}", joint.pruned.perplexity, dropped.pruned.perplexity);
+    }
+    // the checkpoint is the model that was measured
+    let pruned = Checkpoint::open(directory.path()).unwrap();
+    let decoder = pruned.decoder(&Device::Cpu, DType::F32).unwrap();
+    let tokens = pruned.encode(&crate::setting::book("held-out.txt.gz", 20_000), false).unwrap();
+    let again = evop_pruning::eval::perplexity(&decoder, &tokens, 128, |_, _| {}).unwrap();
+    assert_eq!(again.perplexity, joint.pruned.perplexity);
+}
+
+#[test]
+fn every_budget_holds_and_several_hold_together() {
+    let budgets = vec![Budget::new(Resource::Params, 0.8).unwrap(), Budget::new(Resource::Kv, 0.5).unwrap()];
+    for space in [Space::Joint, Space::JointHeads] {
+        let mut options = options(Strategy::Joint, space);
+        options.space.budgets.clone_from(&budgets);
+        let directory = tempfile::tempdir().unwrap();
+        let outcome = whole(directory.path(), &options);
+        assert!(outcome.kv_bytes_per_token.1 * 2 <= outcome.kv_bytes_per_token.0, "{space}");
+        assert!(outcome.block_parameters.1 as f64 <= 0.8 * outcome.block_parameters.0 as f64, "{space}");
+        Checkpoint::open(directory.path()).unwrap();
+    }
+}
+
+#[test]
+fn a_latency_budget_is_measured_once_and_holds_by_that_table() {
+    let mut options = options(Strategy::Joint, Space::Joint);
+    options.space.budgets = vec![Budget::new(Resource::Latency, 0.7).unwrap()];
+    let directory = tempfile::tempdir().unwrap();
+    let outcome = whole(directory.path(), &options);
+    assert!(outcome.kept_of_budgets[0].1 <= 0.7 + 1e-9);
+    let table: evop_pruning::budget::LatencyTable = serde_json::from_slice(&std::fs::read(directory.path().join("latency.json")).unwrap()).unwrap();
+    let cost = |kept: bool| -> f64 {
+        outcome.widths.iter().zip(&table.milliseconds).map(|((whole, part), t)| t.get(if kept { part } else { whole }).unwrap_or(&0.0)).sum()
+    };
+    assert!(cost(true) <= 0.7 * cost(false) + 1e-9);
+}
+
+#[test]
+fn uniform_patterns_have_equal_layers_and_a_plain_config() {
+    let mut options = options(Strategy::Joint, Space::Joint);
+    options.space.uniform = true;
+    let directory = tempfile::tempdir().unwrap();
+    let outcome = whole(directory.path(), &options);
+    let kept: Vec<usize> = outcome.widths.iter().skip(1).step_by(2).map(|(_, kept)| *kept).filter(|w| *w > 0).collect();
+    assert!(kept.iter().all(|w| *w == kept[0]));
+    assert!(outcome.widths.chunks(2).all(|layer| (layer[0].1 > 0) == (layer[1].1 > 0)), "whole layers");
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(directory.path().join("config.json")).unwrap()).unwrap();
+    assert_eq!((config["model_type"].as_str(), config.get("per_layer_config")), (Some("llama"), None));
+    assert_eq!(config["intermediate_size"], kept[0]);
+}
+
+#[test]
 fn a_pruned_checkpoint_can_be_pruned_again() {
     let first = tempfile::tempdir().unwrap();
-    whole(first.path(), Strategy::Sleb, Space::Block);
+    whole(first.path(), &options(Strategy::Sleb, Space::Block));
     let checkpoint = Checkpoint::open(first.path()).unwrap();
     let dense = Pattern::dense(checkpoint.config());
-    let space = evop_pruning::search::SearchSpace::new(checkpoint.config(), Space::Block, 0.5).unwrap();
+    let space = space(&checkpoint, Space::Block, 0.5);
     let kept = (0..2 * dense.layers().len()).filter(|s| dense.keeps(*s)).count();
-    assert_eq!((kept, space.units(), space.remove), (18, 18, 9));
+    assert_eq!(kept, space.units());
+    let nothing = vec![Gene { kv_groups: 0, ffn: 0 }; dense.layers().len()];
+    assert_eq!(space.pattern(&vec![0; kept]).layers(), nothing);
 }
 
 #[test]
 fn a_run_stopped_anywhere_goes_on_to_the_same_pattern() {
-    let straight = tempfile::tempdir().unwrap();
-    let expected = whole(straight.path(), Strategy::Evop, Space::Block);
-    for stop_at in [1, 4, 9, 15] {
-        let directory = tempfile::tempdir().unwrap();
-        let mut steps = 0;
-        let stopped = prune(directory.path(), &options(Strategy::Evop, Space::Block), &mut |step| {
-            steps += usize::from(matches!(step, Step::Search(_)));
-            if steps == stop_at { Err(Error::Interrupted(directory.path().into())) } else { Ok(()) }
-        });
-        assert!(matches!(stopped, Err(Error::Interrupted(_))));
-        assert!(!run::is_finished(directory.path()));
-        let unfinished = Checkpoint::open(directory.path()).unwrap_err().to_string();
-        assert!(unfinished.contains("--resume"), "{unfinished}");
-        // a kill in the middle of a line
-        let log = directory.path().join("search.jsonl");
-        let text = std::fs::read(&log).unwrap();
-        std::fs::write(&log, &text[..text.len() - 7]).unwrap();
-        let resumed = prune(directory.path(), &options(Strategy::Evop, Space::Block), &mut |_| Ok(())).unwrap();
-        assert_eq!(resumed.found, expected.found);
-        assert_eq!((resumed.work.requested, resumed.work.naive_block_forwards), (expected.work.requested, expected.work.naive_block_forwards));
-        assert_eq!(resumed.work.evaluated, expected.work.evaluated);
-        let weights = |d: &Path| std::fs::read(d.join("model.safetensors")).unwrap();
-        assert_eq!(weights(directory.path()), weights(straight.path()));
+    for (strategy, space, stops) in [(Strategy::Evop, Space::Block, [1, 4, 9, 15].as_slice()), (Strategy::Joint, Space::Joint, &[1, 3])] {
+        let straight = tempfile::tempdir().unwrap();
+        let expected = whole(straight.path(), &options(strategy, space));
+        for stop_at in stops {
+            let directory = tempfile::tempdir().unwrap();
+            let mut steps = 0;
+            let stopped = prune(directory.path(), &options(strategy, space), &mut |step| {
+                steps += usize::from(matches!(step, Step::Search(_)));
+                if steps == *stop_at { Err(Error::Interrupted(directory.path().into())) } else { Ok(()) }
+            });
+            assert!(matches!(stopped, Err(Error::Interrupted(_))));
+            assert!(!run::is_finished(directory.path()));
+            let unfinished = Checkpoint::open(directory.path()).unwrap_err().to_string();
+            assert!(unfinished.contains("--resume"), "{unfinished}");
+            // a kill in the middle of a line
+            let log = directory.path().join("search.jsonl");
+            let text = std::fs::read(&log).unwrap();
+            std::fs::write(&log, &text[..text.len() - 7]).unwrap();
+            let resumed = prune(directory.path(), &options(strategy, space), &mut |_| Ok(())).unwrap();
+            assert_eq!(
+                (&resumed.found.pattern, &resumed.found.fitness, &resumed.found.elite),
+                (&expected.found.pattern, &expected.found.fitness, &expected.found.elite)
+            );
+            assert_eq!((resumed.work.requested, resumed.work.naive_block_forwards), (expected.work.requested, expected.work.naive_block_forwards));
+            let weights = |d: &Path| std::fs::read(d.join("model.safetensors")).unwrap();
+            assert_eq!(weights(directory.path()), weights(straight.path()));
+        }
     }
+}
+
+#[test]
+fn a_level_database_is_shared_checked_and_mended() {
+    let levels = tempfile::tempdir().unwrap();
+    let mut options = options(Strategy::Joint, Space::Joint);
+    options.level_directory = Some(levels.path().to_path_buf());
+    let first = tempfile::tempdir().unwrap();
+    let expected = whole(first.path(), &options);
+    // a second run finds it there; a missing sub-block is built again, to the same bytes
+    let file = levels.path().join("0003.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    std::fs::remove_file(levels.path().join("0003.json")).unwrap();
+    let second = tempfile::tempdir().unwrap();
+    let outcome = whole(second.path(), &options);
+    assert_eq!(std::fs::read(&file).unwrap(), bytes);
+    assert_eq!(outcome.found.pattern, expected.found.pattern);
+    // a damaged one is refused by name
+    std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+    let third = tempfile::tempdir().unwrap();
+    let error = prune(third.path(), &options, &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("0003.safetensors") && error.contains("damaged") && error.contains("delete"), "{error}");
+    // and so is one of another calibration
+    std::fs::write(&file, &bytes).unwrap();
+    options.calibration.seed = 5;
+    let fourth = tempfile::tempdir().unwrap();
+    let error = prune(fourth.path(), &options, &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("another model, calibration"), "{error}");
 }

@@ -1,14 +1,19 @@
-"""Llama, Mistral, Qwen2 and Qwen3 whose layers differ: a checkpoint that EvoP pruned, for Hugging Face transformers (5.15 or newer).
+"""Llama, Mistral, Qwen2 and Qwen3 that their stock classes can't build: a checkpoint that EvoP wrote, for Hugging Face transformers (5.15 or newer).
 
-config.json is the parent family's, with `per_layer_config` (transformers' own format) saying what each layer has:
+config.json is the family's, with `per_layer_config` (transformers' own format) saying what a layer has that isn't like the others:
   skip                  ["attention"], ["mlp"] or both: that sub-block, its norm included, is not there and the residual stream passes by
   intermediate_size     width of that layer's MLP
-  num_key_value_heads   key/value heads of that layer. Pruning removes a key/value head together with the query heads that share it, so the
-                        layer has `evop_group_size` (a global key: query heads a key/value head) times as many query heads. It is derived
-                        here and not written per layer because a Llama config that overrides num_attention_heads can't be loaded.
-`model_type` is "evop_" and the parent's, which makes stock code refuse the checkpoint: under the parent's own name it would ignore `skip` and
+  num_key_value_heads   key/value heads of that layer
+  evop_group_size       query heads that share one of them; global, and per layer where it differs. Pruning removes a key/value head together
+                        with its query heads, so a layer has num_key_value_heads * evop_group_size of those. They are derived here and not
+                        written per layer because a Llama config that overrides num_attention_heads can't be loaded.
+and of all layers:
+  evop_biases           linear layers with a bias that the family's have not (["self_attn.o_proj", "mlp.down_proj"])
+`model_type` is "evop_" and the family's, which makes stock code refuse the checkpoint: under the family's own name it would ignore `skip` and
 fill the missing sub-blocks with random numbers.
 """
+import copy
+
 from torch import nn
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
@@ -33,12 +38,15 @@ class NoMlp(nn.Module):
 
 def build_layer(layer_class, config, index):
     """The family's own layer, made from what the config says of this one; (layer, whether it has attention)."""
-    own = config.per_layer_config[index]
-    group_size = getattr(config, "evop_group_size", None)
+    own = config.per_layer_config[index] if config.is_heterogeneous else copy.deepcopy(config)
+    group_size = getattr(own, "evop_group_size", None)
     if group_size is not None:
         own.head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
         own.num_attention_heads = own.num_key_value_heads * group_size
     layer = layer_class(own, index)
+    for name in getattr(config, "evop_biases", None) or []:
+        linear = layer.get_submodule(name)
+        layer.set_submodule(name, nn.Linear(linear.in_features, linear.out_features, bias=True))
     skip = getattr(own, "skip", [])
     if "attention" in skip:
         layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
@@ -69,8 +77,8 @@ class Heterogeneous:
     layer_class = None
 
     def __init__(self, config):
-        if not getattr(config, "is_heterogeneous", False):
-            raise ImportError("this checkpoint needs transformers 5.15 or newer, and `per_layer_config` in its config.json")
+        if not hasattr(config, "is_heterogeneous"):
+            raise ImportError("this checkpoint needs transformers 5.15 or newer")
         if config.model_type == "evop_mistral" and len(set(getattr(config, "layer_types", None) or [])) > 1:
             raise ValueError("a Mistral whose layers differ in their attention window (`layer_types`) is not supported")
         # the family would build every layer at the global width
@@ -91,6 +99,9 @@ class Heterogeneous:
 
 class EvopLlamaConfig(LlamaConfig):
     model_type = "evop_llama"
+
+    def validate_architecture(self):
+        """A pruned model's query heads need not divide its hidden size: `head_dim` is given."""
 
 
 class EvopMistralConfig(MistralConfig):

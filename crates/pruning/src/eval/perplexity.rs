@@ -1,5 +1,6 @@
 //! Perplexity of a text, as the field computes it.
 
+use super::encode::is_space;
 use crate::loss;
 use crate::{Error, Result};
 use evop_model::{Decoder, NoCache, Span};
@@ -48,7 +49,7 @@ pub fn perplexity(decoder: &Decoder, tokens: &[u32], window: usize, mut progress
         let losses = decoder.device().with_context(|| -> Result<_> {
             let batch = decoder.batch(&spans)?;
             let hidden = decoder.forward(&packed, &batch, &mut NoCache)?;
-            loss::token_losses(decoder, &hidden, &packed, &spans)
+            loss::token_losses(decoder, &hidden, &packed, &spans, None)
         })?;
         sum += losses.iter().flatten().map(|l| f64::from(*l)).sum::<f64>();
         done += group.len();
@@ -57,4 +58,17 @@ pub fn perplexity(decoder: &Decoder, tokens: &[u32], window: usize, mut progress
     let predicted_tokens = windows.len() * (window - 1);
     let mean_nll = sum / predicted_tokens as f64;
     Ok(Perplexity { perplexity: mean_nll.exp(), mean_nll, window, windows: windows.len(), predicted_tokens })
+}
+
+/// WikiText as papers on pruning and quantisation tokenise it: its rows (lines with their ends; a blank line is the empty row) joined by blank lines.
+///
+/// That is `"\n\n".join(dataset["text"])` over Hugging Face's `wikitext-2-raw-v1`. The result is tokenised as one sequence, with the special tokens that the
+/// tokenizer adds, and cut into windows.
+///
+/// ```
+/// assert_eq!(evop_pruning::eval::join_rows(" \n = Title = \n \n Text . \n"), "\n\n = Title = \n\n\n\n\n Text . \n");
+/// ```
+pub fn join_rows(text: &str) -> String {
+    let rows: Vec<&str> = text.split_inclusive('\n').map(|row| if row.chars().all(is_space) { "" } else { row }).collect();
+    rows.join("\n\n")
 }

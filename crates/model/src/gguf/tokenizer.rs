@@ -1,8 +1,9 @@
 //! A tokenizer rebuilt from a GGUF's metadata: byte-level BPE (`gpt2`) and SentencePiece BPE (`llama`).
 
-use crate::gguf::Metadata;
+use super::Value;
+use super::metadata::Metadata;
+use super::pre_tokenizer;
 use crate::{Error, Result};
-use candle_core::quantized::gguf_file::Value;
 use serde_json::json;
 use std::collections::HashMap;
 use tokenizers::decoders::byte_fallback::ByteFallback;
@@ -11,19 +12,9 @@ use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::BPE;
-use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence, unicode::NFC};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, DecoderWrapper, SplitDelimiterBehavior, Tokenizer};
-
-/// Llama 3's and Qwen 2's splits differ in how many digits go together.
-fn contraction_split(digits: &str) -> String {
-    format!(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-}
+use tokenizers::{AddedToken, DecoderWrapper, Tokenizer};
 
 /// llama.cpp's token types.
 const CONTROL: u64 = 3;
@@ -117,35 +108,21 @@ fn byte_level(metadata: &Metadata<'_>, ids: HashMap<String, u32>) -> Result<Toke
         let (left, right) = pair.ok_or_else(|| metadata.missing(key, "pairs of tokens with a space between"))?;
         merges.push((left.to_string(), right.to_string()));
     }
-    let split = |regex: String| -> Result<PreTokenizerWrapper> {
-        let split = Split::new(SplitPattern::Regex(regex), SplitDelimiterBehavior::Isolated, false).map_err(failed)?;
-        Ok(PreTokenizerSequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into())
-    };
     let pre = metadata.text("tokenizer.ggml.pre")?;
-    let (pre_tokenizer, normalizer, whole_words): (PreTokenizerWrapper, Option<NormalizerWrapper>, bool) = match pre {
-        Some("gpt-2" | "gpt2") => (ByteLevel::new(false, true, true).into(), None, false),
-        Some("smollm" | "starcoder" | "refact" | "command-r") => {
-            let parts = vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
-            (PreTokenizerSequence::new(parts).into(), None, false)
-        }
-        Some("llama-bpe" | "llama3" | "llama-v3") => (split(contraction_split("{1,3}"))?, None, true),
-        Some("smaug-bpe" | "lfm2") => (split(contraction_split("{1,3}"))?, None, false),
-        Some("qwen2" | "deepseek-r1-qwen") => (split(contraction_split(""))?, Some(NFC.into()), false),
-        other => {
-            return Err(wrong(format!(
-                "`tokenizer.ggml.pre`: expected gpt-2, smollm, starcoder, refact, command-r, llama-bpe, smaug-bpe, lfm2, qwen2 or deepseek-r1-qwen, found {other:?}; \
-                 a file without it was made by an old converter: convert the model again"
-            )));
-        }
-    };
+    let cut = pre_tokenizer::named(pre.unwrap_or_default()).map_err(failed)?.ok_or_else(|| {
+        wrong(format!(
+            "`tokenizer.ggml.pre`: expected {}, found {pre:?}; a file without it was made by an old converter: convert the model again",
+            pre_tokenizer::KNOWN
+        ))
+    })?;
     let bpe = BPE::builder()
         .vocab_and_merges(ids.into_iter().collect::<tokenizers::models::bpe::Vocab>(), merges)
-        .ignore_merges(whole_words)
+        .ignore_merges(cut.ignore_merges)
         .build()
         .map_err(failed)?;
     let mut tokenizer = Tokenizer::new(bpe);
-    tokenizer.with_pre_tokenizer(Some(pre_tokenizer));
-    tokenizer.with_normalizer(normalizer).map_err(failed)?;
+    tokenizer.with_pre_tokenizer(Some(cut.words));
+    tokenizer.with_normalizer(cut.normalizer).map_err(failed)?;
     tokenizer.with_decoder(Some(ByteLevelDecoder::default()));
     Ok(tokenizer)
 }
@@ -214,13 +191,12 @@ pub(crate) fn tokenizer_config(metadata: &Metadata<'_>) -> Result<serde_json::Va
     }))
 }
 
-/// End-of-sequence and end-of-turn tokens both end a generation.
+/// End-of-sequence, end-of-turn and end-of-message tokens all end a generation.
 pub(crate) fn generation_config(metadata: &Metadata<'_>) -> Result<serde_json::Value> {
     let mut ids = Vec::new();
-    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"] {
-        ids.extend(metadata.unsigned(key)?);
+    for key in ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
+        ids.extend(metadata.unsigned(key)?.filter(|id| !ids.contains(id)));
     }
-    ids.dedup();
     Ok(json!({ "eos_token_id": ids }))
 }
 

@@ -1,0 +1,189 @@
+//! A sub-block of a layer: attention or MLP, each `x -> x + output(inner(norm(x)))`.
+//!
+//! Both end in a linear layer (`o_proj`, `down_proj`) whose inputs are what structured pruning removes: whole key/value groups or single
+//! channels. A narrower sub-block keeps the first ones; [`SubBlock::reordered`] puts them in order of importance.
+
+use crate::attention::AttentionSpec;
+use crate::batch::Batch;
+use crate::cache::KvCache;
+use crate::config::Activation;
+use crate::kernels;
+use crate::linear::{Linear, Norm};
+use crate::{Error, Result};
+use candle_core::{DType, Tensor};
+use candle_nn::rotary_emb::rope_thd;
+
+/// One attention or MLP sub-block with its norm. Cloning and narrowing share the weights.
+#[derive(Debug, Clone)]
+pub struct SubBlock {
+    pub(crate) norm: Norm,
+    pub(crate) inner: Inner,
+    pub(crate) output: Linear,
+}
+
+/// What happens between the norm and the output layer.
+#[derive(Debug, Clone)]
+pub(crate) enum Inner {
+    Attention {
+        q: Linear,
+        k: Linear,
+        v: Linear,
+        /// Qwen3's norms of every query and key head.
+        qk_norm: Option<(Norm, Norm)>,
+        spec: AttentionSpec,
+    },
+    Mlp {
+        /// Gated families only.
+        gate: Option<Linear>,
+        up: Linear,
+        activation: Activation,
+    },
+}
+
+impl SubBlock {
+    /// Key/value groups of an attention, channels of an MLP.
+    pub fn width(&self) -> usize {
+        match &self.inner {
+            Inner::Attention { spec, .. } => spec.kv_groups,
+            Inner::Mlp { up, .. } => up.outputs(),
+        }
+    }
+
+    /// Inputs of the output layer that one unit of width stands for: `group_size * head_dim`, or 1.
+    pub fn unit(&self) -> usize {
+        match &self.inner {
+            Inner::Attention { spec, .. } => spec.group_size * spec.head_dim,
+            Inner::Mlp { .. } => 1,
+        }
+    }
+
+    /// The shape of the attention; `None` for an MLP.
+    pub fn attention(&self) -> Option<&AttentionSpec> {
+        match &self.inner {
+            Inner::Attention { spec, .. } => Some(spec),
+            Inner::Mlp { .. } => None,
+        }
+    }
+
+    /// `o_proj` or `down_proj`.
+    pub fn output(&self) -> &Linear {
+        &self.output
+    }
+
+    /// The same sub-block with another output layer, over the first `output.inputs() / unit` groups or channels.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the layer's inputs are no whole number of units, or more than there are.
+    pub fn with_output(&self, output: Linear) -> Result<Self> {
+        let width = output.inputs() / self.unit();
+        if width == 0 || width > self.width() || width * self.unit() != output.inputs() || output.outputs() != self.output.outputs() {
+            return Err(Error::Input(format!(
+                "an output layer {} x {} doesn't fit a sub-block of {} units of {} inputs and {} outputs",
+                output.outputs(),
+                output.inputs(),
+                self.width(),
+                self.unit(),
+                self.output.outputs()
+            )));
+        }
+        Ok(Self { inner: self.inner.narrowed(width)?, output, norm: self.norm.clone() })
+    }
+
+    /// The first `width` groups or channels, as views.
+    pub fn narrowed(&self, width: usize) -> Result<Self> {
+        if width == self.width() {
+            return Ok(self.clone());
+        }
+        Ok(Self { inner: self.inner.narrowed(width)?, output: self.output.narrow_in(width * self.unit())?, norm: self.norm.clone() })
+    }
+
+    /// Groups or channels in another order: unit `order[i]` becomes unit i. Copies the weights; the function stays the same up to
+    /// the rounding of a sum in another order. `order` may be shorter than the width: the rest is left out.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for an order that names a unit that isn't there.
+    pub fn reordered(&self, order: &[usize]) -> Result<Self> {
+        if let Some(unit) = order.iter().find(|u| **u >= self.width()) {
+            return Err(Error::Input(format!("unit {unit} of a sub-block that has {}", self.width())));
+        }
+        let rows = |layer: &Linear, per_unit: usize| layer.select_out(&expand(order, per_unit));
+        let inner = match &self.inner {
+            Inner::Attention { q, k, v, qk_norm, spec } => Inner::Attention {
+                q: rows(q, spec.group_size * spec.head_dim)?,
+                k: rows(k, spec.head_dim)?,
+                v: rows(v, spec.head_dim)?,
+                qk_norm: qk_norm.clone(),
+                spec: AttentionSpec { kv_groups: order.len(), ..*spec },
+            },
+            Inner::Mlp { gate, up, activation } => {
+                Inner::Mlp { gate: gate.as_ref().map(|g| rows(g, 1)).transpose()?, up: rows(up, 1)?, activation: *activation }
+            }
+        };
+        Ok(Self { inner, output: self.output.select_in(&expand(order, self.unit()))?, norm: self.norm.clone() })
+    }
+
+    /// Normed x [tokens, hidden] -> inputs of the output layer, [tokens, width * unit].
+    pub(crate) fn inner(&self, x: &Tensor, layer: usize, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
+        match &self.inner {
+            Inner::Attention { q, k, v, qk_norm, spec } => {
+                let AttentionSpec { kv_groups, head_dim, .. } = *spec;
+                let tokens = x.dim(0)?;
+                let mut q = q.forward(x)?.reshape((tokens, spec.heads(), head_dim))?;
+                let mut k = k.forward(x)?.reshape((tokens, kv_groups, head_dim))?;
+                let v = v.forward(x)?.reshape((tokens, kv_groups, head_dim))?;
+                if let Some((q_norm, k_norm)) = qk_norm {
+                    (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
+                }
+                if let Some((cos, sin)) = &batch.rope {
+                    let rotate = |t: Tensor| -> Result<Tensor> { Ok(rope_thd(&t.unsqueeze(0)?, cos, sin)?.squeeze(0)?) };
+                    (q, k) = (rotate(q)?, rotate(k)?);
+                }
+                cache.attend(layer, spec, &q, &k, &v, batch)
+            }
+            Inner::Mlp { gate, up, activation } => {
+                let up = up.forward(x)?;
+                let Some(gate) = gate else { return activate(&up, *activation) };
+                let gate = gate.forward(x)?;
+                if *activation == Activation::Silu && gate.device().is_cpu() && gate.dtype() == DType::F32 {
+                    return kernels::elementwise::silu_mul(&gate, &up);
+                }
+                Ok((activate(&gate, *activation)? * up)?)
+            }
+        }
+    }
+}
+
+impl Inner {
+    fn narrowed(&self, width: usize) -> Result<Self> {
+        Ok(match self {
+            Self::Attention { q, k, v, qk_norm, spec } => {
+                let spec = AttentionSpec { kv_groups: width, ..*spec };
+                let kv_width = width * spec.head_dim;
+                Self::Attention {
+                    q: q.narrow_out(spec.heads() * spec.head_dim)?,
+                    k: k.narrow_out(kv_width)?,
+                    v: v.narrow_out(kv_width)?,
+                    qk_norm: qk_norm.clone(),
+                    spec,
+                }
+            }
+            Self::Mlp { gate, up, activation } => {
+                Self::Mlp { gate: gate.as_ref().map(|g| g.narrow_out(width)).transpose()?, up: up.narrow_out(width)?, activation: *activation }
+            }
+        })
+    }
+}
+
+/// Units -> the rows that they stand for.
+fn expand(units: &[usize], per_unit: usize) -> Vec<u32> {
+    units.iter().flat_map(|u| u * per_unit..(u + 1) * per_unit).map(|row| row as u32).collect()
+}
+
+fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    Ok(match activation {
+        Activation::Silu => x.silu()?,
+        Activation::Gelu => x.gelu_erf()?,
+        Activation::GeluTanh => x.gelu()?,
+        Activation::Relu => x.relu()?,
+    })
+}

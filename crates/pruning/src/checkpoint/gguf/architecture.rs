@@ -1,0 +1,67 @@
+//! Which of llama.cpp's architectures computes a model.
+
+use crate::checkpoint::plan::{Plan, Projection};
+use crate::{Error, Result};
+use evop_model::{Activation, Architecture as Family, LayerShape};
+
+/// Channels of an MLP that is a placeholder: a block of the smallest quantised type.
+pub(super) const PLACEHOLDER_FFN: usize = 32;
+
+/// An architecture, and the layers as it has to have them.
+#[derive(Debug)]
+pub(super) struct Architecture {
+    /// llama.cpp's name.
+    pub name: &'static str,
+    /// Whether the halves of rotary heads take turns.
+    pub interleaved: bool,
+    /// The layers' shapes, placeholders included.
+    pub shapes: Vec<LayerShape>,
+    /// Layers whose attention is a placeholder.
+    pub placeholder_attention: Vec<usize>,
+    /// Layers whose MLP is a placeholder.
+    pub placeholder_mlp: Vec<usize>,
+}
+
+impl Architecture {
+    /// Chooses the architecture.
+    ///
+    /// # Errors
+    /// [`Error::Format`] when llama.cpp has none.
+    pub fn of(plan: &Plan) -> Result<Self> {
+        let config = &plan.config;
+        let refuse = |what: &str| Err(Error::Format(format!("llama.cpp has no architecture for {what}: expected --format hf")));
+        if config.activation != Activation::Silu && config.architecture != Family::Opt {
+            return refuse("a Llama-like model whose activation is not silu");
+        }
+        if plan.most_heads() == 0 {
+            return refuse("a model without any attention");
+        }
+        let uniform = plan.is_uniform();
+        let output_biases = [Projection::O, Projection::Gate, Projection::Up, Projection::Down].iter().any(|p| plan.biases.contains(p));
+        let (name, interleaved) = match config.architecture {
+            Family::Opt => return refuse("OPT"),
+            Family::Qwen3 if !uniform => return refuse("layers that differ in a model that normalises queries and keys (Qwen3)"),
+            Family::Qwen3 if output_biases => return refuse("a Qwen3 model with biases on output projections"),
+            Family::Qwen3 => ("qwen3", false),
+            // its q_proj is square, and it has biases on q, k and v only
+            Family::Qwen2 if uniform && !output_biases && plan.most_heads() * config.head_dim == config.hidden_size => ("qwen2", false),
+            Family::Llama | Family::Mistral | Family::Qwen2 => (if uniform { "llama" } else { "deci" }, true),
+        };
+        let mut architecture =
+            Self { name, interleaved, shapes: config.layers.iter().map(|l| l.shape).collect(), placeholder_attention: Vec::new(), placeholder_mlp: Vec::new() };
+        if architecture.shapes[0].kv_groups == 0 {
+            (architecture.shapes[0].kv_groups, architecture.shapes[0].group_size) = (1, 1);
+            architecture.placeholder_attention.push(0);
+        }
+        for (layer, shape) in architecture.shapes.iter_mut().enumerate().filter(|(_, s)| s.ffn == 0) {
+            shape.ffn = PLACEHOLDER_FFN;
+            architecture.placeholder_mlp.push(layer);
+        }
+        Ok(architecture)
+    }
+
+    /// Whether every layer has the same shape, so that one number says it.
+    pub fn is_uniform(&self) -> bool {
+        self.name != "deci"
+    }
+}

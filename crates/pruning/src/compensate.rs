@@ -1,0 +1,238 @@
+//! Compensation: closed-form repair of an output layer (`o_proj`, `down_proj`) that lost some of its inputs. No training.
+
+use crate::Result;
+use crate::gram::Gram;
+use crate::linalg::{self, Matrix};
+use crate::names::named;
+use serde::{Deserialize, Serialize};
+
+/// How what remains makes up for what went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compensation {
+    /// Not at all.
+    None,
+    /// The removed inputs' mean contribution becomes a bias: b = W[:, removed] . mean[removed] (FLAP, arXiv 2312.11983, section 3.4).
+    Bias,
+    /// Ridge regression of the whole output on the kept inputs, shrunk towards their old weights; lambda by held-out error.
+    Refit,
+    /// The best rotation and scale of the kept weights' output (RCPU, arXiv 2510.07782): cannot overfit a small sample much.
+    Rotate,
+}
+
+named!(Compensation, "none" => Compensation::None, "bias" => Compensation::Bias, "refit" => Compensation::Refit, "rotate" => Compensation::Rotate);
+
+/// Ridge strengths that are tried, relative to the mean diagonal of X^T X.
+pub(crate) const RIDGES: [f64; 5] = [1e-4, 1e-3, 1e-2, 1e-1, 1.0];
+
+/// Sums over tokens of a linear layer's inputs x and of the targets y that it should give: all that least squares needs to know.
+#[derive(Debug, Clone)]
+pub(crate) struct Regression {
+    pub gram: Gram,
+    /// X^T Y, [inputs, outputs].
+    pub cross: Matrix,
+    /// Sum of y, [outputs].
+    pub target_sums: Vec<f64>,
+    /// Sum of |y|^2.
+    pub energy: f64,
+}
+
+impl Regression {
+    /// Targets are what the full weight [outputs, inputs] gives on the same inputs.
+    pub fn of_layer(gram: Gram, weight: &Matrix) -> Self {
+        let size = gram.size();
+        let h = Matrix::from_fn(size, size, |i, j| gram.products[i * size + j]);
+        let cross = linalg::product(&h, &weight.transpose().to_owned());
+        let energy = (0..weight.nrows()).flat_map(|o| (0..size).map(move |j| (o, j))).map(|(o, j)| weight[(o, j)] * cross[(j, o)]).sum();
+        let target_sums = (0..weight.nrows()).map(|o| (0..size).map(|j| weight[(o, j)] * gram.sums[j]).sum()).collect();
+        Self { gram, cross, target_sums, energy }
+    }
+
+    /// H over the kept inputs with `damping` on its diagonal.
+    fn kept_products(&self, kept: &[usize], damping: f64) -> Matrix {
+        let size = self.gram.size();
+        Matrix::from_fn(kept.len(), kept.len(), |i, j| self.gram.products[kept[i] * size + kept[j]] + if i == j { damping } else { 0.0 })
+    }
+
+    /// The squared error that a repaired layer makes on these tokens, relative to the targets' energy.
+    pub fn error(&self, repaired: &Repaired, kept: &[usize]) -> f64 {
+        let w = &repaired.weight;
+        let wh = linalg::product(w, &self.kept_products(kept, 0.0));
+        let mut error = self.energy;
+        for o in 0..w.nrows() {
+            for (i, j) in kept.iter().enumerate() {
+                error += w[(o, i)] * (wh[(o, i)] - 2.0 * self.cross[(*j, o)]);
+            }
+        }
+        if let Some(bias) = &repaired.bias {
+            for (o, b) in bias.iter().enumerate() {
+                let given: f64 = kept.iter().enumerate().map(|(i, j)| w[(o, i)] * self.gram.sums[*j]).sum();
+                error += b * (self.gram.rows as f64 * b - 2.0 * (self.target_sums[o] - given));
+            }
+        }
+        error / self.energy.max(f64::MIN_POSITIVE)
+    }
+
+    /// The ridge solution over the kept inputs, shrunk towards `prior` [outputs, kept].
+    pub fn ridge(&self, kept: &[usize], prior: &Matrix, strength: f64) -> Result<Matrix> {
+        let damping = (strength * self.gram.mean_square()).max(f64::MIN_POSITIVE);
+        let right = Matrix::from_fn(kept.len(), prior.nrows(), |i, o| self.cross[(kept[i], o)] + damping * prior[(o, i)]);
+        Ok(linalg::solve_spd(&self.kept_products(kept, damping), &right)?.transpose().to_owned())
+    }
+}
+
+/// An output layer over the kept inputs.
+#[derive(Debug, Clone)]
+pub(crate) struct Repaired {
+    /// [outputs, kept].
+    pub weight: Matrix,
+    /// [outputs].
+    pub bias: Option<Vec<f64>>,
+}
+
+/// The columns `kept` of a weight.
+pub(crate) fn columns(weight: &Matrix, kept: &[usize]) -> Matrix {
+    Matrix::from_fn(weight.nrows(), kept.len(), |o, i| weight[(o, kept[i])])
+}
+
+impl Compensation {
+    /// Repairs `weight` [outputs, inputs] after all inputs but `kept` have gone; `ridge` is the strength that `refit` uses.
+    ///
+    /// # Errors
+    /// [`crate::Error::Activations`] when a system has no solution.
+    pub(crate) fn repair(self, data: &Regression, weight: &Matrix, kept: &[usize], ridge: f64) -> Result<Repaired> {
+        let raw = columns(weight, kept);
+        Ok(match self {
+            Self::None => Repaired { weight: raw, bias: None },
+            Self::Bias => {
+                let mut is_kept = vec![false; data.gram.size()];
+                kept.iter().for_each(|j| is_kept[*j] = true);
+                let removed = |o: usize| (0..is_kept.len()).filter(|j| !is_kept[*j]).map(|j| weight[(o, j)] * data.gram.mean(j)).sum();
+                Repaired { bias: Some((0..weight.nrows()).map(removed).collect()), weight: raw }
+            }
+            Self::Refit => Repaired { weight: data.ridge(kept, &raw, ridge)?, bias: None },
+            Self::Rotate => {
+                let kept_cross = Matrix::from_fn(kept.len(), weight.nrows(), |i, o| data.cross[(kept[i], o)]);
+                // Y Y'^T with Y' = W_kept X_kept
+                let outputs = linalg::product(&raw, &kept_cross).transpose().to_owned();
+                let (rotation, trace) = linalg::nearest_rotation(&outputs)?;
+                let own = linalg::product(&linalg::product(&raw, &data.kept_products(kept, 0.0)), &raw.transpose().to_owned());
+                let energy: f64 = (0..own.nrows()).map(|o| own[(o, o)]).sum();
+                let scale = trace / energy.max(f64::MIN_POSITIVE);
+                let turned = linalg::product(&rotation, &raw);
+                Repaired { weight: Matrix::from_fn(turned.nrows(), turned.ncols(), |o, i| scale * turned[(o, i)]), bias: None }
+            }
+        })
+    }
+}
+
+/// The ridge strength of least error on held-out tokens, and that error.
+pub(crate) fn choose_ridge(train: &Regression, held_out: &Regression, weight: &Matrix, kept: &[usize]) -> Result<(f64, f64)> {
+    let prior = columns(weight, kept);
+    let mut best = (RIDGES[0], f64::INFINITY);
+    for strength in RIDGES {
+        let repaired = Repaired { weight: train.ridge(kept, &prior, strength)?, bias: None };
+        let error = held_out.error(&repaired, kept);
+        if error < best.1 {
+            best = (strength, error);
+        }
+    }
+    Ok(best)
+}
+
+/// Relative error of a refit on its own data, for tests of importance orders.
+#[cfg(test)]
+pub(crate) fn refit_error(gram: &Gram, weight: &Matrix, kept: &[usize], ridge: f64) -> Result<f64> {
+    let data = Regression::of_layer(gram.clone(), weight);
+    let repaired = Compensation::Refit.repair(&data, weight, kept, ridge)?;
+    Ok(data.error(&repaired, kept))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evop_model::{Device, Span, Tensor};
+
+    fn correlated(rows: usize, scale: f32) -> Gram {
+        let noise = Tensor::randn(0f32, 1.0, (rows, 6), &Device::Cpu).unwrap();
+        let mix = Tensor::from_vec((0..72).map(|i| ((i * 37 % 23) as f32 - 11.0) / 11.0).collect::<Vec<_>>(), (6, 12), &Device::Cpu).unwrap();
+        let own = Tensor::randn(0.5f32, scale, (rows, 12), &Device::Cpu).unwrap();
+        let x = (noise.matmul(&mix).unwrap() + own).unwrap();
+        let mut gram = Gram::new(12);
+        gram.add(&x, &[Span::prompt(rows)]).unwrap();
+        gram.finish();
+        gram
+    }
+
+    fn weight() -> Matrix {
+        Matrix::from_fn(5, 12, |o, j| ((o * 5 + j * 7) % 13) as f64 / 6.0 - 1.0)
+    }
+
+    #[test]
+    fn every_compensation_is_better_than_none_and_refit_is_best_on_its_own_data() {
+        let (data, w) = (Regression::of_layer(correlated(500, 0.3), &weight()), weight());
+        let kept: Vec<usize> = (0..8).collect();
+        let error = |c: Compensation| data.error(&c.repair(&data, &w, &kept, 1e-8).unwrap(), &kept);
+        assert!(error(Compensation::Bias) < error(Compensation::None));
+        assert!(error(Compensation::Rotate) < error(Compensation::None));
+        for other in [Compensation::None, Compensation::Rotate] {
+            assert!(error(Compensation::Refit) <= error(other), "{other}");
+        }
+        let all: Vec<usize> = (0..12).collect();
+        for c in Compensation::ALL {
+            assert!(data.error(&c.repair(&data, &w, &all, 1e-2).unwrap(), &all).abs() < 1e-9, "{c}: nothing removed, nothing lost");
+        }
+    }
+
+    #[test]
+    fn the_error_from_moments_is_the_error_on_the_tokens() {
+        let x = Tensor::randn(0.2f32, 1.0, (50, 12), &Device::Cpu).unwrap();
+        let mut gram = Gram::new(12);
+        gram.add(&x, &[Span::prompt(50)]).unwrap();
+        gram.finish();
+        let (w, kept) = (weight(), vec![0, 3, 4, 8, 11]);
+        let data = Regression::of_layer(gram, &w);
+        for c in Compensation::ALL {
+            let repaired = c.repair(&data, &w, &kept, 1e-2).unwrap();
+            let (mut error, mut energy) = (0.0, 0.0);
+            for row in x.to_vec2::<f32>().unwrap() {
+                for o in 0..5 {
+                    let y: f64 = (0..12).map(|j| w[(o, j)] * f64::from(row[j])).sum();
+                    let given: f64 = kept.iter().enumerate().map(|(i, j)| repaired.weight[(o, i)] * f64::from(row[*j])).sum();
+                    error += (y - given - repaired.bias.as_ref().map_or(0.0, |b| b[o])).powi(2);
+                    energy += y * y;
+                }
+            }
+            assert!((data.error(&repaired, &kept) - error / energy).abs() < 1e-5, "{c}");
+        }
+    }
+
+    #[test]
+    fn few_tokens_ask_for_a_stronger_ridge_than_many() {
+        let w = weight();
+        let kept: Vec<usize> = (0..9).collect();
+        let held_out = Regression::of_layer(correlated(4000, 1.0), &w);
+        let chosen = |rows| choose_ridge(&Regression::of_layer(correlated(rows, 1.0), &w), &held_out, &w, &kept).unwrap();
+        let (few, many) = (chosen(14), chosen(4000));
+        assert!(few.0 > many.0, "{few:?} {many:?}");
+        assert!(few.1 > many.1);
+    }
+
+    #[test]
+    fn nearly_singular_moments_give_finite_weights_that_fit() {
+        // channels 6..12 are copies of 0..6 up to one part in a million: a condition number of about 1e12
+        let base = Tensor::randn(0f32, 1.0, (300, 6), &Device::Cpu).unwrap();
+        let jitter = (Tensor::randn(0f32, 1.0, (300, 6), &Device::Cpu).unwrap() * 1e-6).unwrap();
+        let x = Tensor::cat(&[&base, &(&base + jitter).unwrap()], 1).unwrap();
+        let mut gram = Gram::new(12);
+        gram.add(&x, &[Span::prompt(300)]).unwrap();
+        gram.finish();
+        let w = weight();
+        let data = Regression::of_layer(gram, &w);
+        let kept: Vec<usize> = (0..6).chain([7, 9]).collect();
+        let repaired = Compensation::Refit.repair(&data, &w, &kept, 1e-8).unwrap();
+        let norm: f64 = (0..5).flat_map(|o| (0..8).map(move |i| (o, i))).map(|at| repaired.weight[at].powi(2)).sum::<f64>().sqrt();
+        assert!(norm.is_finite() && norm < 50.0, "{norm}");
+        assert!(data.error(&repaired, &kept) < 1e-6, "copies stand in for what went");
+    }
+}

@@ -1,0 +1,131 @@
+//! Second-order statistics of activations, streamed: what importance and compensation are computed from.
+
+use crate::{Error, Result};
+use evop_model::{Span, Tensor, kernels};
+
+/// Columns of X^T X that are computed together: only blocks on and above the diagonal are.
+const PANEL: usize = 256;
+
+/// Sums over the rows (tokens) of activations X [tokens, size]; products are computed in f32 a chunk at a time and added up in f64.
+#[derive(Debug, Clone)]
+pub struct Gram {
+    /// X^T X, row-major, both triangles.
+    pub products: Vec<f64>,
+    /// Sum of the rows.
+    pub sums: Vec<f64>,
+    /// Sum over sequences of the column norms ||x_j||_2 of the sequence (2SSP).
+    pub sequence_norms: Vec<f64>,
+    /// Rows seen.
+    pub rows: usize,
+    /// Sequences seen.
+    pub sequences: usize,
+}
+
+impl Gram {
+    /// Nothing seen yet.
+    pub fn new(size: usize) -> Self {
+        Self { products: vec![0.0; size * size], sums: vec![0.0; size], sequence_norms: vec![0.0; size], rows: 0, sequences: 0 }
+    }
+
+    /// Columns.
+    pub fn size(&self) -> usize {
+        self.sums.len()
+    }
+
+    /// Adds packed sequences, x [tokens, size].
+    ///
+    /// # Errors
+    /// [`Error::Activations`] when a value is not finite.
+    pub fn add(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
+        let size = self.size();
+        let transposed = x.t()?.contiguous()?;
+        for start in (0..size).step_by(PANEL) {
+            let panel = transposed.narrow(0, start, PANEL.min(size - start))?;
+            let rest = transposed.narrow(0, start, size - start)?;
+            let block = kernels::matmul::linear(&panel, &rest)?.to_vec2::<f32>()?;
+            for (i, row) in block.iter().enumerate() {
+                for (j, value) in row.iter().enumerate().skip(i) {
+                    self.products[(start + i) * size + start + j] += f64::from(*value);
+                }
+            }
+        }
+        let values = x.to_vec2::<f32>()?;
+        let mut row = 0;
+        for span in spans {
+            let mut squares = vec![0f64; size];
+            for values in &values[row..row + span.len] {
+                for (j, v) in values.iter().enumerate() {
+                    let v = f64::from(*v);
+                    self.sums[j] += v;
+                    squares[j] += v * v;
+                }
+            }
+            self.sequence_norms.iter_mut().zip(squares).for_each(|(norm, square)| *norm += square.sqrt());
+            row += span.len;
+        }
+        if let Some(column) = self.sums.iter().position(|s| !s.is_finite()) {
+            return Err(Error::Activations(format!("channel {column} is not finite")));
+        }
+        self.rows += row;
+        self.sequences += spans.len();
+        Ok(())
+    }
+
+    /// Copies the upper triangle into the lower one; call once, after the last [`Gram::add`].
+    pub fn finish(&mut self) {
+        let size = self.size();
+        for i in 0..size {
+            for j in 0..i {
+                self.products[i * size + j] = self.products[j * size + i];
+            }
+        }
+    }
+
+    /// Sum of squares of a column.
+    pub fn square(&self, column: usize) -> f64 {
+        self.products[column * (self.size() + 1)]
+    }
+
+    /// Mean of a column.
+    pub fn mean(&self, column: usize) -> f64 {
+        self.sums[column] / self.rows.max(1) as f64
+    }
+
+    /// Variance of a column.
+    pub fn variance(&self, column: usize) -> f64 {
+        (self.square(column) / self.rows.max(1) as f64 - self.mean(column).powi(2)).max(0.0)
+    }
+
+    /// Mean of the diagonal of X^T X: what dampings are relative to.
+    pub fn mean_square(&self) -> f64 {
+        (0..self.size()).map(|j| self.square(j)).sum::<f64>() / self.size().max(1) as f64
+    }
+
+    /// Bytes held.
+    pub fn bytes(size: usize) -> usize {
+        (size * size + 2 * size) * size_of::<f64>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evop_model::Device;
+
+    #[test]
+    fn sums_equal_plain_loops_over_chunks() {
+        let x = Tensor::randn(0.3f32, 1.0, (10, 300), &Device::Cpu).unwrap();
+        let mut gram = Gram::new(300);
+        gram.add(&x.narrow(0, 0, 6).unwrap(), &[Span::prompt(2), Span::prompt(4)]).unwrap();
+        gram.add(&x.narrow(0, 6, 4).unwrap(), &[Span::prompt(4)]).unwrap();
+        gram.finish();
+        let rows = x.to_vec2::<f32>().unwrap();
+        for (i, j) in [(0, 0), (3, 270), (270, 3), (299, 299), (257, 12)] {
+            let exact: f64 = rows.iter().map(|r| f64::from(r[i]) * f64::from(r[j])).sum();
+            assert!((gram.products[i * 300 + j] - exact).abs() < 1e-4);
+        }
+        let norm = |range: std::ops::Range<usize>| rows[range].iter().map(|r| f64::from(r[7]).powi(2)).sum::<f64>().sqrt();
+        assert!((gram.sequence_norms[7] - norm(0..2) - norm(2..6) - norm(6..10)).abs() < 1e-6);
+        assert_eq!((gram.rows, gram.sequences), (10, 3));
+    }
+}

@@ -1,0 +1,178 @@
+//! What a run found, on one page: HTML to look at, JSON to read.
+
+mod plot;
+
+use crate::evaluate::Work;
+use crate::run::{Outcome, human};
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::time::Duration;
+
+/// `evop.json`: where a checkpoint came from.
+pub(crate) fn provenance(outcome: &Outcome) -> Value {
+    let options = &outcome.run.options;
+    json!({
+        "format": 2,
+        "evop_version": outcome.run.version,
+        "parent": { "model": outcome.run.model, "revision": outcome.run.revision, "sha256": outcome.run.model_sha256 },
+        "pattern": outcome.found.pattern,
+        "space": options.space.space,
+        "strategy": options.search.strategy,
+        "budgets": options.space.budgets,
+        "kept": outcome.kept_of_budgets.iter().map(|(_, kept)| kept).collect::<Vec<_>>(),
+        "compensation": outcome.levels.iter().map(|l| l.compensation.to_string()).collect::<std::collections::BTreeSet<_>>(),
+        "seed": options.search.seed,
+        "calibration": {
+            "corpora": corpus_names(outcome), "clusters": outcome.calibration.cluster_sizes, "tokens": outcome.calibration.tokens, "options": options.calibration,
+        },
+        "objective": options.objective,
+        "loss": { "dense": outcome.dense_loss, "pruned": outcome.found.fitness.loss, "held_out": outcome.held_out.loss },
+        "held_out_perplexity": { "dense": outcome.dense.perplexity, "pruned": outcome.pruned.perplexity, "window": outcome.dense.window },
+        "parameters": { "dense": outcome.parameters.0, "pruned": outcome.parameters.1 },
+        "block_parameters": { "dense": outcome.block_parameters.0, "pruned": outcome.block_parameters.1 },
+    })
+}
+
+fn corpus_names(outcome: &Outcome) -> Vec<&str> {
+    outcome.calibration.corpora.iter().map(|c| c.label.as_str()).collect()
+}
+
+/// How the certificate reads in words.
+pub fn certificate_text(outcome: &Outcome) -> String {
+    match &outcome.certificate {
+        None => "not enumerated: the space is too large to certify the optimum".to_string(),
+        Some(c) if c.is_optimal() => format!("the optimum of all {} patterns, certified by enumeration", c.patterns),
+        Some(c) => format!(
+            "the search missed the optimum of all {} patterns by {:.6} nats ({:.4}%): it found {:.6}, the optimum is {:.6}; the optimum was taken",
+            c.patterns,
+            c.found - c.optimum,
+            100.0 * (c.found - c.optimum) / c.optimum,
+            c.found,
+            c.optimum
+        ),
+    }
+}
+
+/// How much was computed, in words.
+pub fn work_text(work: Work) -> String {
+    let ratio = |whole: usize| whole as f64 / work.block_forwards.max(1) as f64;
+    format!(
+        "{} block-forwards for {} evaluations of {} asked for; one by one with a memo {} ({:.2}x), without {} ({:.2}x)",
+        work.block_forwards,
+        work.evaluated,
+        work.requested,
+        work.memo_block_forwards,
+        ratio(work.memo_block_forwards),
+        work.naive_block_forwards,
+        ratio(work.naive_block_forwards)
+    )
+}
+
+/// The choice on held-out sequences, in words.
+pub fn held_out_text(outcome: &Outcome) -> String {
+    let h = &outcome.held_out;
+    let place = if h.candidates > 1 { format!("number {} of the search's best {}", h.chosen + 1, h.candidates) } else { "the search's answer".to_string() };
+    format!("{place}: {:.4} nats a token on held-out sequences, {:.4} on those that the search saw (gap {:+.4})", h.loss, h.search_loss, h.loss - h.search_loss)
+}
+
+/// The page, self-contained.
+pub(crate) fn html(outcome: &Outcome) -> String {
+    let mut page = String::from(STYLE);
+    let options = &outcome.run.options;
+    let model = escape(outcome.run.model.as_deref().unwrap_or("the bundled model"));
+    let kept: Vec<String> =
+        outcome.kept_of_budgets.iter().map(|(b, kept)| format!("{:?} {:.4} of at most {}", b.resource, kept, b.keep).to_lowercase()).collect();
+    let _ = write!(
+        page,
+        "<h1>{model}, pruned by EvoP</h1><p>Strategy <b>{}</b>, space <b>{}</b>, kept: <b>{}</b>, objective {} ({}), seed {}. The pattern is {}.</p>",
+        options.search.strategy,
+        options.space.space,
+        escape(&kept.join(", ")),
+        options.objective.kind,
+        options.objective.aggregate,
+        options.search.seed,
+        escape(&certificate_text(outcome))
+    );
+    page.push_str("<h2>Before and after</h2><table><tr><th></th><th>dense</th><th>pruned</th><th>ratio</th></tr>");
+    let mut row = |name: &str, dense: f64, pruned: f64, digits: usize| {
+        let ratio = if dense > 0.0 { format!("{:.3}", pruned / dense) } else { String::new() };
+        let _ = write!(page, "<tr><td>{name}</td><td>{dense:.digits$}</td><td>{pruned:.digits$}</td><td>{ratio}</td></tr>");
+    };
+    row("perplexity on text never seen", outcome.dense.perplexity, outcome.pruned.perplexity, 3);
+    row(&format!("calibration {}, nats a token", options.objective.kind), outcome.dense_loss, outcome.found.fitness.loss, 4);
+    row("parameters", outcome.parameters.0 as f64, outcome.parameters.1 as f64, 0);
+    row("block parameters", outcome.block_parameters.0 as f64, outcome.block_parameters.1 as f64, 0);
+    row("KV cache bytes per token (16-bit)", outcome.kv_bytes_per_token.0 as f64, outcome.kv_bytes_per_token.1 as f64, 0);
+    let corpora: Vec<String> =
+        outcome.calibration.corpora.iter().map(|c| format!("{} ({} chunks, {} duplicates left out)", c.label, c.chunks, c.duplicates)).collect();
+    let [scored, statistics, held_out] = outcome.calibration.tokens;
+    let _ = write!(
+        page,
+        "</table><p>Perplexity over {} windows of {} tokens ({} predicted). Calibrated on {}: {scored} tokens scored, {statistics} for statistics, {held_out} held out.</p><p>Held-out choice: {}.</p>",
+        outcome.dense.windows,
+        outcome.dense.window,
+        outcome.dense.predicted_tokens,
+        escape(&corpora.join(", ")),
+        escape(&held_out_text(outcome))
+    );
+    page.push_str("<h2>What was removed</h2>");
+    page.push_str(&plot::pattern(&outcome.widths));
+    page.push_str("<h2>The search's course</h2>");
+    page.push_str(&plot::course(outcome));
+    if let Some(correlation) = outcome.found.surrogate_rank_correlation {
+        let _ = write!(page, "<p>The surrogate ordered each generation's children with a mean rank correlation of {correlation:.2}.</p>");
+    }
+    page.push_str("<h2>Calibration clusters</h2>");
+    page.push_str(&plot::clusters(&outcome.calibration.picture, &outcome.calibration.cluster_sizes));
+    let _ = write!(page, "<p>Embedder: {}.</p>", escape(&outcome.calibration.embedder));
+    if !outcome.levels.is_empty() {
+        page.push_str("<h2>Levels</h2><p>Squared error of a sub-block's update on held-out activations, relative to its energy, at the level that was chosen.</p><table><tr><th>sub-block</th><th>importance</th><th>compensation</th><th>ridge</th><th>width</th><th>raw</th><th>repaired</th></tr>");
+        for level in &outcome.levels {
+            let (_, width) = outcome.widths[level.sub_block];
+            let Some((raw, repaired)) = level.errors.get(&width) else { continue };
+            let name = if level.sub_block.is_multiple_of(2) { "attention" } else { "MLP" };
+            let _ = write!(
+                page,
+                "<tr><td>layer {} {name}</td><td>{}</td><td>{}</td><td>{:.0e}</td><td>{width}</td><td>{raw:.4}</td><td>{repaired:.4}</td></tr>",
+                level.sub_block / 2,
+                level.importance,
+                level.compensation,
+                level.ridge
+            );
+        }
+        page.push_str("</table>");
+    }
+    let time = |seconds: f64| human(Duration::from_secs_f64(seconds));
+    let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
+    let _ = write!(
+        page,
+        "<h2>Work</h2><p>Search: {}.</p><p>Certificate: {}.</p><p>Time: calibration {}, levels {}, search {}, finish {}.</p>\
+         <p>Memory beside the model: statistics {}, dense distributions {}, boundary states {} of at most {}.</p>",
+        work_text(outcome.work),
+        if outcome.certificate.is_some() { work_text(outcome.certificate_work) } else { "none".into() },
+        time(outcome.seconds.calibration),
+        time(outcome.seconds.levels),
+        time(outcome.seconds.search),
+        time(outcome.seconds.finish),
+        mb(outcome.memory.statistics),
+        mb(outcome.memory.distributions),
+        mb(outcome.memory.prefix_cache.0),
+        mb(outcome.memory.prefix_cache.1),
+    );
+    if !outcome.run.command.is_empty() {
+        let _ = write!(page, "<h2>Reproduce</h2><pre><code>{}</code></pre>", escape(&outcome.run.command.join(" ")));
+    }
+    let json = serde_json::to_string_pretty(&outcome.run).unwrap_or_default();
+    let _ = write!(page, "<h2>Inputs</h2><pre><code>{}</code></pre></html>", escape(&json));
+    page
+}
+
+const STYLE: &str = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>EvoP pruning report</title><style>\
+    body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}\
+    h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}\
+    td:first-child,th:first-child{text-align:left}code{background:#f3f3f3;padding:.1rem .3rem}pre{overflow-x:auto}svg text{font:11px system-ui,sans-serif;fill:#444}\
+    @media(prefers-color-scheme:dark){body{color:#ddd;background:#16181c}td,th{border-color:#333}code{background:#26292f}svg text{fill:#aaa}}</style>";
+
+pub(crate) fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+}

@@ -1,0 +1,57 @@
+//! The residual stream of many sequences, taken through the model one sub-block at a time: memory for the stream and one sub-block's
+//! statistics, whatever the depth.
+
+use crate::{Error, Result};
+use evop_model::{Batch, Decoder, NoCache, Span, SubBlock, Tensor};
+
+/// Tokens that are computed together.
+const TOKENS_AT_ONCE: usize = 2_048;
+
+/// Packs of whole sequences at one sub-block boundary.
+pub(crate) struct Stream {
+    pub packs: Vec<Pack>,
+}
+
+/// Sequences that are computed together.
+pub(crate) struct Pack {
+    pub batch: Batch,
+    /// [tokens, hidden].
+    pub hidden: Tensor,
+}
+
+impl Stream {
+    /// The embeddings of these sequences.
+    pub fn embed(decoder: &Decoder, sequences: &[Vec<u32>]) -> Result<Self> {
+        let packs = crate::pack::pack(sequences, TOKENS_AT_ONCE)
+            .into_iter()
+            .map(|range| {
+                let spans: Vec<Span> = sequences[range.clone()].iter().map(|s| Span::prompt(s.len())).collect();
+                let tokens = sequences[range].concat();
+                let batch = decoder.batch(&spans)?;
+                Ok(Pack { hidden: decoder.embed(&tokens, &batch)?, batch })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { packs })
+    }
+
+    /// Runs `block` in the place of sub-block `s`; `visit` sees every pack's inputs of the output layer, [tokens, width * unit].
+    pub fn advance(&mut self, decoder: &Decoder, block: &SubBlock, s: usize, mut visit: impl FnMut(&Tensor, &Batch) -> Result<()>) -> Result<()> {
+        for pack in &mut self.packs {
+            let inner = decoder.device().with_context(|| decoder.inner(block, s, &pack.hidden, &pack.batch, &mut NoCache))?;
+            visit(&inner, &pack.batch).map_err(|e| match e {
+                Error::Activations(what) => {
+                    let name = if s.is_multiple_of(2) { "o_proj" } else { "down_proj" };
+                    Error::Activations(format!("layer {}, inputs of {name}: {what}; the weights or the calibration text are damaged", s / 2))
+                }
+                other => other,
+            })?;
+            pack.hidden = decoder.device().with_context(|| decoder.add(block, &pack.hidden, &block.output().forward(&inner)?))?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the stream.
+    pub fn bytes(&self) -> usize {
+        self.packs.iter().map(|p| p.hidden.elem_count() * p.hidden.dtype().size_in_bytes()).sum()
+    }
+}
