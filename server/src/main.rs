@@ -44,12 +44,16 @@ enum Command {
     Quickstart(commands::quickstart::QuickstartArgs),
     /// Searches what a model can do without, and writes the pruned checkpoint.
     Prune(Box<commands::prune_args::PruneArgs>),
+    /// Runs several strategies under one budget and puts what they found side by side.
+    Compare(Box<commands::compare::CompareArgs>),
     /// Computes the perplexity of a text, or scores multiple-choice tasks as lm-evaluation-harness does.
     Eval(commands::eval::EvalArgs),
     /// Shows what a checkpoint has, layer by layer.
     Inspect(commands::inspect::InspectArgs),
     /// Writes a checkpoint in another format: for transformers, vLLM or llama.cpp.
     Export(commands::export::ExportArgs),
+    /// Cuts a model's vocabulary down to the tokens that given texts need; those texts are tokenised as before.
+    Vocab(commands::vocab::VocabArgs),
     /// Compares an accelerator's logits and greedy tokens with the CPU's.
     #[command(hide = true)]
     CompareDevices(commands::compare_devices::CompareDevicesArgs),
@@ -74,9 +78,11 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Quickstart(args) => commands::quickstart::run(&args),
         Command::Prune(args) => commands::prune::run(&args),
+        Command::Compare(args) => commands::compare::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Export(args) => commands::export::run(&args),
+        Command::Vocab(args) => commands::vocab::run(&args),
         Command::CompareDevices(args) => commands::compare_devices::run(&args),
         Command::Serve(config) => commands::serve::run(*config, threads),
         Command::Health(args) => commands::health::run(&args),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a checkpoint on a free port with a key, and runs the official openai client's script against it; then compares evop eval with lm-evaluation-harness.
+# Serves a checkpoint on a free port with a key, and runs the official openai client's script against it; then compares evop eval with lm-evaluation-harness, and smaller vocabularies with their parents.
 # usage: run.sh PYTHON EVOP MODEL_DIR
 set -euo pipefail
 python=$1 evop=$2 model=$3
@@ -16,3 +16,5 @@ for _ in $(seq 200); do
 done
 "$python" "$here/openai_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
 "$python" "$here/lm_eval_tasks.py" "$evop" "$here/../../models/tiny"
+"$python" "$here/vocabulary.py" "$evop" "$here/../../models/tiny/calibration.txt.gz" "$here/../../models/tiny" \
+  "$here"/../../crates/model/tests/goldens/gguf_{llama_spm_linear,llama_llama3,qwen2}/model.gguf

@@ -26,7 +26,7 @@ pub struct LevelOptions {
     pub compensation: Option<Compensation>,
 }
 
-/// What a database was built from; one that was built from something else is refused.
+/// What a database was built from; each has a directory of its own in a store.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LevelKey {
     /// SHA-256 of the model's tensors.
@@ -35,8 +35,16 @@ pub struct LevelKey {
     pub tokens_sha256: String,
     /// How.
     pub options: LevelOptions,
-    /// Widths of every sub-block, ascending.
+    /// Partial widths of every sub-block, ascending.
     pub widths: Vec<Vec<usize>>,
+}
+
+impl LevelKey {
+    /// The directory's name.
+    fn name(&self) -> Result<String> {
+        let json = serde_json::to_vec(self).map_err(|e| Error::io(Path::new(KEY), e.into()))?;
+        Ok(sha256(&json)[..16].to_string())
+    }
 }
 
 /// What was chosen for one sub-block, and how well it does.
@@ -73,11 +81,11 @@ pub type OnSubBlock<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
 const KEY: &str = "levels.json";
 
 impl Levels {
-    /// Builds the database, or what is missing of it, in `directory`. Repaired weights are rounded to the type that `source` has the parent's
+    /// Builds the database, or what is missing of it, in its directory of `store`. Repaired weights are rounded to the type that `source` has the parent's
     /// in, so that what is scored is what a checkpoint holds.
     ///
     /// # Errors
-    /// [`Error::RunDirectory`] when the directory holds a database of something else; [`Error::Activations`] when activations are not finite;
+    /// [`Error::RunDirectory`] for a damaged file; [`Error::Activations`] when activations are not finite;
     /// [`Error::Io`] for a full disk.
     pub fn build(
         decoder: &Decoder,
@@ -85,23 +93,16 @@ impl Levels {
         train: &[Vec<u32>],
         held_out: &[Vec<u32>],
         key: &LevelKey,
-        directory: &Path,
+        store: &Path,
         on: &mut OnSubBlock<'_>,
     ) -> Result<Self> {
+        let directory = &store.join(key.name()?);
         std::fs::create_dir_all(directory).map_err(|e| Error::io(directory, e))?;
-        let key_path = directory.join(KEY);
-        if key_path.exists() {
-            let found: LevelKey = storage::read_json(&key_path)?;
-            if found != *key {
-                let message =
-                    "the level database there was built from another model, calibration or options: expected the same ones, or another --levels directory";
-                return Err(Error::RunDirectory { path: directory.to_path_buf(), message: message.into() });
-            }
-        } else {
-            storage::write_json(&key_path, key)?;
+        if !directory.join(KEY).exists() {
+            storage::write_json(&directory.join(KEY), key)?;
         }
         let mut levels = Self { directory: directory.to_path_buf(), reports: BTreeMap::new(), peak_statistics_bytes: 0 };
-        let partial = |s: usize| key.widths[s].iter().any(|w| *w > 0 && Some(w) != key.widths[s].last());
+        let partial = |s: usize| !key.widths[s].is_empty();
         let last = (0..key.widths.len()).rev().find(|s| partial(*s));
         let (mut train, mut held_out) = (Stream::embed(decoder, train)?, Stream::embed(decoder, held_out)?);
         for s in 0..last.map_or(0, |l| l + 1) {
@@ -248,9 +249,7 @@ struct Made {
 }
 
 impl Made {
-    fn new(train: &Regression, held_out: &Regression, weight: &Matrix, unit: usize, widths: &[usize], options: LevelOptions) -> Result<Self> {
-        let full = weight.ncols() / unit;
-        let partial: Vec<usize> = widths.iter().copied().filter(|w| *w > 0 && *w < full).collect();
+    fn new(train: &Regression, held_out: &Regression, weight: &Matrix, unit: usize, partial: &[usize], options: LevelOptions) -> Result<Self> {
         let inputs = |order: &[usize], width: usize| order[..width].iter().flat_map(|u| u * unit..(u + 1) * unit).collect::<Vec<_>>();
         let middle = partial[partial.len() / 2];
         let candidates = match options.importance {
@@ -292,13 +291,13 @@ impl Made {
             }
         };
         let made: Vec<(usize, Repaired, (f64, f64))> = partial
-            .into_par_iter()
+            .par_iter()
             .map(|width| {
-                let kept = inputs(&order, width);
+                let kept = inputs(&order, *width);
                 let raw = Repaired { weight: compensate::columns(weight, &kept), bias: None };
                 let repaired = compensation.repair(train, weight, &kept, ridge)?;
                 let errors = (held_out.error(&raw, &kept), held_out.error(&repaired, &kept));
-                Ok((width, repaired, errors))
+                Ok((*width, repaired, errors))
             })
             .collect::<Result<_>>()?;
         let errors = made.iter().map(|(width, _, errors)| (*width, *errors)).collect();

@@ -30,6 +30,7 @@ pub mod space;
 mod storage;
 mod stream;
 pub mod supernet;
+pub mod vocabulary;
 
 pub use embed::{Embedder, HiddenStates, SentenceTransformer};
 pub use error::{Error, Result};

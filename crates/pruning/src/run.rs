@@ -426,8 +426,9 @@ fn supernet(
     calibration: &Calibration,
     on_step: &mut dyn FnMut(Step) -> Result<()>,
 ) -> Result<Supernet> {
-    let widths = space.widths();
-    if widths.iter().all(|w| w.len() <= 2) {
+    let partial = |(s, widths): (usize, Vec<usize>)| widths.into_iter().filter(|w| *w > 0 && *w < space.dense().width(s)).collect::<Vec<_>>();
+    let widths: Vec<Vec<usize>> = space.widths().into_iter().enumerate().map(partial).collect();
+    if widths.iter().all(Vec::is_empty) {
         return Ok(Supernet::raw(inputs.decoder));
     }
     let (train, held_out) = (calibration.statistics_tokens(), calibration.held_out_tokens());

@@ -5,7 +5,8 @@ use clap::ArgAction;
 use serde_json::{Map, Value};
 
 /// Options that are the server's to give.
-const RESERVED: [&str; 12] = ["model", "revision", "device", "dtype", "threads", "out", "resume", "progress", "json", "calibration", "help", "version"];
+const RESERVED: [&str; 14] =
+    ["model", "revision", "device", "dtype", "threads", "out", "resume", "progress", "json", "calibration", "levels", "format", "help", "version"];
 
 /// Checks names and values against `command`, which is `evop prune`'s.
 ///

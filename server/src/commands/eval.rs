@@ -122,7 +122,8 @@ fn text(args: &EvalArgs) -> Result<String> {
     Ok(text)
 }
 
-fn task(file: &Path, limit: Option<usize>) -> Result<Task> {
+/// A task of a file, or the bundled one.
+pub fn task(file: &Path, limit: Option<usize>) -> Result<Task> {
     let task = if file == Path::new("books") { Task::parse(&bundled_continuations()?, file)? } else { Task::parse(&read_file(file)?, file)? };
     Ok(match limit {
         Some(limit) => task.limited(limit)?,

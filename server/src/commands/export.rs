@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// Options of `evop export`.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:\n  \
-    evop export pruned --format gguf --type q8_0 --out pruned.gguf      for llama.cpp, ollama and the like\n  \
+    evop export pruned --format gguf --type q8_0 --out pruned.gguf      for llama.cpp\n  \
     evop export pruned --format nemotron-nas --out pruned-nas          for vLLM\n  \
     evop export model.gguf --format hf --type bf16 --out model         for transformers")]
 pub struct ExportArgs {

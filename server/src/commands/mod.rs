@@ -1,5 +1,6 @@
 //! One module a subcommand, and what they share.
 
+pub mod compare;
 pub mod compare_devices;
 pub mod eval;
 pub mod export;
@@ -13,3 +14,4 @@ pub mod prune;
 pub mod prune_args;
 pub mod quickstart;
 pub mod serve;
+pub mod vocab;

@@ -44,7 +44,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         bail!("{}: this run has finished; serve it with `evop serve --model {0}`", directory.display());
     }
     let mut model: ModelArgs = args.model.clone();
-    let mut calibration = args.calibration.clone();
+    let mut calibration = args.tuning.calibration.clone();
     let mut eval_text = args.eval_text.clone();
     if let Some(begun) = &begun {
         (model.model, model.revision) = (begun.model.clone(), begun.revision.clone());
@@ -63,7 +63,8 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         // paths are kept absolute, so that a run can be resumed from anywhere
         let absolute = |p: &PathBuf| std::path::absolute(p).unwrap_or_else(|_| p.clone());
         let named = model.model.map(|m| if Path::new(&m).exists() { absolute(&PathBuf::from(&m)).display().to_string() } else { m });
-        let mut options = args.options(checkpoint.config().max_position_embeddings)?;
+        let mut options = args.tuning.options(args.strategy, args.budget.budgets()?, checkpoint.config().max_position_embeddings);
+        options.format = args.format;
         options.level_directory = options.level_directory.as_ref().map(absolute);
         let run = Run {
             model: named,
@@ -95,7 +96,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
 }
 
 /// The calibration corpora: the files, each named after itself, or the bundled books.
-fn corpora(files: &[PathBuf]) -> Result<Vec<Corpus>> {
+pub fn corpora(files: &[PathBuf]) -> Result<Vec<Corpus>> {
     if files.is_empty() {
         return Ok(vec![Corpus { label: "bundled books".into(), documents: vec![bundled_calibration()?] }]);
     }

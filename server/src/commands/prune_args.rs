@@ -33,12 +33,50 @@ pub struct PruneArgs {
     /// Go on with the run in this directory; its options are those it was begun with.
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
+    /// How to search: joint, evop, evopress, sleb, shortgpt, blockpruner, finercut, flap, twossp, policy-gradient, crash, prune-comp, flatten, surrogate-shapley, uniform, magnitude, random, random-joint or exhaustive. [default: joint; paper: evop]
+    #[arg(long, value_name = "STRATEGY", help_heading = "Search")]
+    pub strategy: Option<Strategy>,
+    #[command(flatten)]
+    pub budget: BudgetArgs,
+    #[command(flatten)]
+    pub tuning: TuningArgs,
+    /// Text for the before/after perplexity. [default: bundled books, or a tenth of --calibration kept apart]
+    #[arg(long, value_name = "FILE", help_heading = "Report")]
+    pub eval_text: Option<PathBuf>,
+    /// Kind of checkpoint: hf, nemotron-nas or gguf (`evop export` makes another of it later).
+    #[arg(long, value_name = "FORMAT", default_value_t = Format::Hf, help_heading = "Report")]
+    pub format: Format,
+    /// How progress is shown: bars on a terminal, JSON lines on standard output, or not at all.
+    #[arg(long, value_enum, default_value_t = ProgressStyle::Auto, help_heading = "Report")]
+    pub progress: ProgressStyle,
+    /// Print the outcome as JSON instead of a table.
+    #[arg(long, help_heading = "Report")]
+    pub json: bool,
+}
+
+/// What may be kept.
+#[derive(Debug, Clone, Args)]
+pub struct BudgetArgs {
+    /// Fraction of the block parameters that goes. [default: 0.25, unless a budget is given]
+    #[arg(long, value_name = "FRACTION", conflicts_with = "params", help_heading = "Budget")]
+    pub sparsity: Option<f64>,
+    /// Fraction of the block parameters that may stay.
+    #[arg(long, value_name = "FRACTION", help_heading = "Budget")]
+    pub params: Option<f64>,
+    /// Fraction of the key/value cache that may stay.
+    #[arg(long, value_name = "FRACTION", help_heading = "Budget")]
+    pub kv: Option<f64>,
+    /// Fraction of the blocks' decode time that may stay, measured on this device.
+    #[arg(long, value_name = "FRACTION", help_heading = "Budget")]
+    pub latency: Option<f64>,
+}
+
+/// Everything about how a pattern is searched and repaired, but for strategy and budget.
+#[derive(Debug, Clone, Args)]
+pub struct TuningArgs {
     /// A set of options; single options below change it.
     #[arg(long, value_enum, default_value_t = Preset::Default, help_heading = "Search")]
     pub preset: Preset,
-    /// How to search: joint, evop, sleb, shortgpt, random or exhaustive. [default: joint; paper: evop]
-    #[arg(long, value_name = "STRATEGY", help_heading = "Search")]
-    pub strategy: Option<Strategy>,
     /// What a gene may say: layer, block, width, joint or joint+heads. [default: the strategy's own]
     #[arg(long, value_name = "SPACE", help_heading = "Search")]
     pub space: Option<Space>,
@@ -72,19 +110,6 @@ pub struct PruneArgs {
     /// Enumerate the whole space after the search if it has at most this many patterns, to certify the optimum.
     #[arg(long, value_name = "PATTERNS", default_value_t = 5_000, help_heading = "Search")]
     pub certify_up_to: u64,
-
-    /// Fraction of the block parameters that goes. [default: 0.25, unless a budget is given]
-    #[arg(long, value_name = "FRACTION", conflicts_with = "params", help_heading = "Budget")]
-    pub sparsity: Option<f64>,
-    /// Fraction of the block parameters that may stay.
-    #[arg(long, value_name = "FRACTION", help_heading = "Budget")]
-    pub params: Option<f64>,
-    /// Fraction of the key/value cache that may stay.
-    #[arg(long, value_name = "FRACTION", help_heading = "Budget")]
-    pub kv: Option<f64>,
-    /// Fraction of the blocks' decode time that may stay, measured on this device.
-    #[arg(long, value_name = "FRACTION", help_heading = "Budget")]
-    pub latency: Option<f64>,
 
     /// Steps between no MLP and the whole one.
     #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Widths")]
@@ -157,22 +182,9 @@ pub struct PruneArgs {
     /// Evaluate children unscreened.
     #[arg(long, help_heading = "Savings (switch off to measure what they save)")]
     pub no_surrogate: bool,
-
-    /// Text for the before/after perplexity. [default: bundled books, or a tenth of --calibration kept apart]
-    #[arg(long, value_name = "FILE", help_heading = "Report")]
-    pub eval_text: Option<PathBuf>,
-    /// Window of the before/after perplexity, in tokens.
+    /// Window of perplexities, in tokens.
     #[arg(long, value_name = "TOKENS", default_value_t = 256, help_heading = "Report")]
     pub eval_window: usize,
-    /// Kind of checkpoint: hf, nemotron-nas or gguf (`evop export` makes another of it later).
-    #[arg(long, value_name = "FORMAT", default_value_t = Format::Hf, help_heading = "Report")]
-    pub format: Format,
-    /// How progress is shown: bars on a terminal, JSON lines on standard output, or not at all.
-    #[arg(long, value_enum, default_value_t = ProgressStyle::Auto, help_heading = "Report")]
-    pub progress: ProgressStyle,
-    /// Print the outcome as JSON instead of a table.
-    #[arg(long, help_heading = "Report")]
-    pub json: bool,
 }
 
 /// A named set of options.
@@ -184,24 +196,21 @@ pub enum Preset {
     Paper,
 }
 
-impl PruneArgs {
-    /// All options, those not given from the preset and the strategy.
-    ///
-    /// # Errors
-    /// A budget outside of 0 to 1.
-    pub fn options(&self, context: usize) -> Result<PruneOptions> {
+impl TuningArgs {
+    /// All options of a run, those not given from the preset and the strategy (by default the preset's).
+    pub fn options(&self, strategy: Option<Strategy>, budgets: Vec<Budget>, context: usize) -> PruneOptions {
         let paper = self.preset == Preset::Paper;
-        let strategy = self.strategy.unwrap_or(if paper { Strategy::Evop } else { Strategy::Joint });
+        let strategy = strategy.unwrap_or(if paper { Strategy::Evop } else { Strategy::Joint });
         let recipe = strategy.recipe();
         let ccds = if paper { CalibrationOptions::paper() } else { CalibrationOptions::default() };
         let (joint, evop) = (JointOptions::default(), EvopOptions::default());
         let seed = self.seed.unwrap_or(ccds.seed);
-        Ok(PruneOptions {
+        PruneOptions {
             space: SpaceOptions {
                 space: self.space.unwrap_or(recipe.space),
                 uniform: self.uniform,
                 grid: Grid { steps: self.width_steps, multiple: self.width_multiple },
-                budgets: self.budgets()?,
+                budgets,
             },
             search: SearchOptions {
                 strategy,
@@ -238,11 +247,17 @@ impl PruneArgs {
             savings: Savings { memo: !self.no_memo, prefix: !self.no_prefix, prefix_cache_bytes: self.prefix_cache << 20 },
             certify_up_to: self.certify_up_to,
             eval_window: self.eval_window.min(context),
-            format: self.format,
-        })
+            format: Format::Hf,
+        }
     }
+}
 
-    fn budgets(&self) -> Result<Vec<Budget>> {
+impl BudgetArgs {
+    /// The budgets; a quarter of the block parameters goes where none is given.
+    ///
+    /// # Errors
+    /// A fraction outside of 0 to 1.
+    pub fn budgets(&self) -> Result<Vec<Budget>> {
         let mut budgets = Vec::new();
         if let Some(sparsity) = self.sparsity {
             budgets.push(Budget::removing(sparsity)?);

@@ -45,7 +45,8 @@ fn a_model_scores_the_same_in_every_format_and_says_what_it_is() {
     assert!((close / exact - 1.0).abs() < 0.02, "{close} for {exact}");
 
     let text = evop(at, &["inspect", "pruned.gguf"]).unwrap();
-    for line in ["attention ███·███████", "MLP       █▅·▃██████▅", "embedding         1        524288         557056  Q8_0", "per-layer lists"] {
+    for line in ["attention ███·███████", "MLP       █▅·▃██████▅", "embedding         1        524288         557056  Q8_0", "per-layer lists"]
+    {
         assert!(text.contains(line), "{line:?} isn't in\n{text}");
     }
     let summary = json_of(at, &["inspect", "pruned"]);

@@ -5,8 +5,14 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-const SMALL: [&str; 12] =
-    ["--space", "block", "--sequences", "2", "--sequence-length", "48", "--population", "16", "--generations", "12", "--certify-up-to", "0"];
+/// EvoP as published, on a little text.
+const PAPER: &str = "--preset paper --space block --sequences 2 --sequence-length 48 --population 16 --generations 12 --certify-up-to 0";
+/// Drops and repaired widths: the level database is built, then searched.
+const JOINT: &str = "--sequences 4 --sequence-length 48 --statistics-tokens 4096 --held-out-tokens 480 --generations 5 --offspring 8 --threads 1";
+
+fn words(options: &'static str) -> Vec<&'static str> {
+    options.split_whitespace().collect()
+}
 
 /// A little text to evaluate on: these tests are about the run, not its figures.
 const EVAL_TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md");
@@ -31,17 +37,23 @@ fn read(directory: &Path, file: &str) -> Vec<u8> {
 }
 
 #[test]
-fn kill_minus_nine_at_five_moments_and_a_resume_give_the_same_pattern() {
+fn kill_minus_nine_at_ten_moments_and_a_resume_give_the_same_pattern() {
+    killed_and_resumed(&words(PAPER), 5);
+    killed_and_resumed(&words(JOINT), 5);
+}
+
+/// Runs once to the end; then kills as many runs at as many moments, resumes them and compares.
+fn killed_and_resumed(options: &[&str], moments: u32) {
     let straight = tempfile::tempdir().unwrap();
     let started = std::time::Instant::now();
-    finished(prune(&[&SMALL[..], &["--out", straight.path().to_str().unwrap()]].concat()));
+    finished(prune(&[options, &["--out", straight.path().to_str().unwrap()]].concat()));
     let whole = started.elapsed();
-    for moment in 1..=5u32 {
+    for moment in 1..=moments {
         let directory = tempfile::tempdir().unwrap();
         let out = directory.path().to_str().unwrap();
-        let mut child = prune(&[&SMALL[..], &["--out", out]].concat()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = prune(&[options, &["--out", out]].concat()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // odd fractions of the run's length, so that every phase is hit over time
-        std::thread::sleep(whole * (2 * moment - 1) / 10 + Duration::from_millis(u64::from(std::process::id()) % 37));
+        std::thread::sleep(whole * (2 * moment - 1) / (2 * moments) + Duration::from_millis(u64::from(std::process::id()) % 37));
         let _ = child.kill();
         let killed = !child.wait().unwrap().success();
         if directory.path().join("evop.json").exists() {
@@ -51,7 +63,7 @@ fn kill_minus_nine_at_five_moments_and_a_resume_give_the_same_pattern() {
         if directory.path().join("run.json").exists() {
             finished(prune(&["--resume", out]));
         } else {
-            finished(prune(&[&SMALL[..], &["--out", out]].concat()));
+            finished(prune(&[options, &["--out", out]].concat()));
         }
         for file in ["pattern.json", "model.safetensors"] {
             assert_eq!(read(directory.path(), file), read(straight.path(), file), "{file} after a kill at moment {moment}");
@@ -66,6 +78,17 @@ fn fails(mut command: Command) -> (i32, String) {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!text.contains("panicked"), "{text}");
     (output.status.code().unwrap(), text)
+}
+
+#[test]
+fn one_thread_and_two_find_the_same_pattern_and_write_the_same_weights() {
+    let run = |threads: &'static str| {
+        let directory = tempfile::tempdir().unwrap();
+        let options: Vec<&str> = words(JOINT).into_iter().take_while(|w| *w != "--threads").collect();
+        finished(prune(&[&options[..], &["--threads", threads, "--out", directory.path().to_str().unwrap()]].concat()));
+        (read(directory.path(), "pattern.json"), read(directory.path(), "model.safetensors"))
+    };
+    assert!(run("1") == run("2"));
 }
 
 #[test]
@@ -85,10 +108,11 @@ fn what_cant_be_used_is_named_with_what_was_expected() {
         (vec!["--sparsity", "1"], 1, vec!["--sparsity", "expected"]),
         (vec!["--sparsity", "1.5"], 1, vec!["--sparsity", "found 1.5"]),
         (vec!["--sparsity", "much"], 2, vec!["--sparsity", "invalid"]),
-        (vec!["--strategy", "magic"], 2, vec!["expected evop", "magic"]),
+        (vec!["--strategy", "magic"], 2, vec!["expected joint, evop", "magic"]),
         (vec!["--model", "/nonexistent/model"], 1, vec!["no such directory", "/nonexistent/model"]),
         (vec!["--calibration", &path(&empty)], 1, vec!["calibration corpus", "empty"]),
         (vec!["--calibration", &path(&short)], 1, vec!["fewer than one sequence"]),
+        (vec!["--params", "0.9", "--kv", "0"], 1, vec!["--kv", "expected the fraction to keep"]),
         (vec!["--calibration", &path(&binary)], 1, vec!["not UTF-8"]),
         (vec!["--device", "cuda"], 1, vec!["no CUDA support", "--features cuda"]),
     ] {
@@ -116,7 +140,7 @@ fn a_full_disk_ends_the_run_with_a_clear_error_and_room_lets_it_go_on() {
     let out = mount.path().join("out");
     let out = out.to_str().unwrap();
     let result = std::panic::catch_unwind(|| {
-        let (code, text) = fails(prune(&[&SMALL[..], &["--out", out]].concat()));
+        let (code, text) = fails(prune(&[&words(PAPER), &["--out", out]].concat()));
         assert_eq!(code, 1);
         assert!(text.contains("No space left"), "{text}");
         assert!(!Path::new(out).join("evop.json").exists());

@@ -19,3 +19,4 @@ mod operations;
 mod prune;
 mod swap;
 mod tokenize;
+mod vocab;

@@ -7,12 +7,12 @@ use std::process::Command;
 
 /// A search that takes a second or two.
 fn small() -> Value {
-    json!({"sequences": 2, "sequence_length": 64, "population": 6, "generations": 3, "certify_up_to": 0, "eval_window": 64})
+    json!({"preset": "paper", "sequences": 2, "sequence_length": 64, "population": 6, "generations": 3, "certify_up_to": 0, "eval_window": 64})
 }
 
 /// One that doesn't end by itself in the time of a test.
 fn long() -> Value {
-    json!({"sequences": 2, "sequence_length": 64, "population": 40, "generations": 100_000, "certify_up_to": 0, "eval_window": 64})
+    json!({"preset": "paper", "sequences": 2, "sequence_length": 64, "population": 40, "generations": 100_000, "certify_up_to": 0, "eval_window": 64})
 }
 
 fn submit(server: &Server, body: &Value) -> String {

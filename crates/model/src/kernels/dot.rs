@@ -1,14 +1,18 @@
 //! Tiles of dot products: `out[i][j] = sum_k a[i][k] * b[j][k]`, both operands with contiguous rows.
 //!
 //! The sum over k runs in eight lanes (lane = k mod 8), blocks of [`K_BLOCK`] after blocks, the lanes of a block added as a fixed tree,
-//! what is left over from a multiple of eight last. AVX2 and the portable version differ in rounding (fused or not), never in order.
+//! what is left over from a multiple of eight last. AVX2 and the portable version differ in rounding (fused or not), never in order;
+//! AVX-512 gives AVX2's bits: one register holds the eight lanes of two rows of `b`.
 
 /// Products after which the lanes are added into the total.
 const K_BLOCK: usize = 1024;
 
-/// Rows of `a` and of `b` in the large tile: 4 x 3 accumulators, 3 + 1 operands in 16 registers.
-pub(crate) const TILE_A: usize = 4;
+/// Rows of `a` and of `b` in AVX2's large tile: 4 x 3 accumulators, 3 + 1 operands in 16 registers.
+const TILE_A: usize = 4;
 pub(crate) const TILE_B: usize = 3;
+
+/// Blocks of rows of `a` are multiples of this: whole tiles for AVX2 (4 rows) and AVX-512 (6).
+pub(crate) const ROW_MULTIPLE: usize = 12;
 
 /// Rows that lie `stride` elements apart.
 #[derive(Clone, Copy)]
@@ -33,6 +37,10 @@ impl RowMajor {
 pub(crate) unsafe fn block(a: RowMajor, m: usize, b: RowMajor, n: usize, k: usize, out: *mut f32, out_stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if has_avx2() {
+        if m >= avx512::TILE_A && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
+            // SAFETY: the features were just checked; pointers by the caller
+            return unsafe { avx512::block(a, m, b, n, k, out, out_stride) };
+        }
         // SAFETY: the features were just checked; pointers by the caller
         return unsafe { avx2::block(a, m, b, n, k, out, out_stride) };
     }
@@ -183,7 +191,7 @@ mod avx2 {
 
     /// ((0+4) + (2+6)) + ((1+5) + (3+7)).
     #[target_feature(enable = "avx2,fma")]
-    fn sum(v: __m256) -> f32 {
+    pub(super) fn sum(v: __m256) -> f32 {
         let half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         let pairs = _mm_add_ps(half, _mm_movehl_ps(half, half));
         _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps(pairs, pairs, 1)))
@@ -238,6 +246,82 @@ mod avx2 {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{K_BLOCK, RowMajor, avx2};
+    use std::arch::x86_64::*;
+
+    /// Rows of `a`, and pairs of rows of `b`, in a tile: 6 x 4 accumulators, 4 + 1 operands in 32 registers.
+    pub(super) const TILE_A: usize = 6;
+    const PAIRS: usize = 4;
+
+    /// Whole tiles here, the edges as AVX2 has them.
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    pub(super) unsafe fn block(a: RowMajor, m: usize, b: RowMajor, n: usize, k: usize, out: *mut f32, out_stride: usize) {
+        let (whole_m, whole_n) = (m / TILE_A * TILE_A, n / (2 * PAIRS) * 2 * PAIRS);
+        // SAFETY: every tile stays within m rows of a and n rows of b
+        unsafe {
+            for j in (0..whole_n).step_by(2 * PAIRS) {
+                for i in (0..whole_m).step_by(TILE_A) {
+                    let (ai, bj) = (RowMajor { data: a.row(i), ..a }, RowMajor { data: b.row(j), ..b });
+                    tile(ai, bj, k, out.add(i * out_stride + j), out_stride);
+                }
+            }
+            if whole_n < n {
+                avx2::block(a, whole_m, RowMajor { data: b.row(whole_n), ..b }, n - whole_n, k, out.add(whole_n), out_stride);
+            }
+            if whole_m < m {
+                avx2::block(RowMajor { data: a.row(whole_m), ..a }, m - whole_m, b, n, k, out.add(whole_m * out_stride), out_stride);
+            }
+        }
+    }
+
+    #[allow(clippy::needless_range_loop)] // indices name the tile's registers
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    unsafe fn tile(a: RowMajor, b: RowMajor, k: usize, out: *mut f32, out_stride: usize) {
+        // SAFETY: TILE_A rows of a, 2 * PAIRS rows of b, k elements each; out has room for all products
+        unsafe {
+            let whole = k / 8 * 8;
+            let mut totals = [[0f32; 2 * PAIRS]; TILE_A];
+            let mut start = 0;
+            while start < whole {
+                let end = whole.min(start + K_BLOCK);
+                let mut acc = [[_mm512_setzero_ps(); PAIRS]; TILE_A];
+                let mut at = start;
+                while at < end {
+                    let mut bv = [_mm512_setzero_ps(); PAIRS];
+                    for j in 0..PAIRS {
+                        let low = _mm512_castps256_ps512(_mm256_loadu_ps(b.row(2 * j).add(at)));
+                        bv[j] = _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(b.row(2 * j + 1).add(at)));
+                    }
+                    for i in 0..TILE_A {
+                        let av = _mm512_broadcast_f32x8(_mm256_loadu_ps(a.row(i).add(at)));
+                        for j in 0..PAIRS {
+                            acc[i][j] = _mm512_fmadd_ps(av, bv[j], acc[i][j]);
+                        }
+                    }
+                    at += 8;
+                }
+                for i in 0..TILE_A {
+                    for j in 0..PAIRS {
+                        totals[i][2 * j] += avx2::sum(_mm512_castps512_ps256(acc[i][j]));
+                        totals[i][2 * j + 1] += avx2::sum(_mm512_extractf32x8_ps::<1>(acc[i][j]));
+                    }
+                }
+                start = end;
+            }
+            for i in 0..TILE_A {
+                for j in 0..2 * PAIRS {
+                    for tail in whole..k {
+                        totals[i][j] += *a.row(i).add(tail) * *b.row(j).add(tail);
+                    }
+                    *out.add(i * out_stride + j) = totals[i][j];
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,7 +334,7 @@ mod tests {
     #[test]
     fn tiles_equal_plain_sums_and_do_not_depend_on_the_tile() {
         let mut rng = StdRng::seed_from_u64(1);
-        for (m, n, k) in [(1, 1, 1), (1, 7, 8), (5, 4, 31), (9, 10, 576), (4, 3, 2051), (13, 2, 1030)] {
+        for (m, n, k) in [(20, 27, 100), (12, 16, 1537), (1, 1, 1), (1, 7, 8), (5, 4, 31), (9, 10, 576), (4, 3, 2051), (13, 2, 1030)] {
             let (a, b) = (random(m * k, &mut rng), random(n * k, &mut rng));
             let rows = |v: &[f32], i: usize| RowMajor { data: v[i * k..].as_ptr(), stride: k };
             let mut out = vec![0.0; m * n];

@@ -1,13 +1,13 @@
 //! f32 x W^T on the CPU, for one row and for thousands, over whole matrices and over views of them.
 
-use super::dot::{self, RowMajor, TILE_A, TILE_B};
+use super::dot::{self, ROW_MULTIPLE, RowMajor, TILE_B};
 use super::{SharedOut, with_slice};
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
 use rayon::prelude::*;
 
 /// Rows of x that are multiplied together stay in the first-level cache (in f32 elements), ...
-const X_BLOCK_ELEMENTS: usize = 5 * 1024;
+const X_BLOCK_ELEMENTS: usize = 8 * 1024;
 /// ... and the rows of W that a task multiplies them with in the second-level cache, where every block of x finds them again.
 const W_PANEL_ELEMENTS: usize = 48 * 1024;
 /// Multiply-adds below which splitting over threads costs more than it saves.
@@ -48,7 +48,7 @@ fn multiply(x: &[f32], w: &[f32], w_stride: usize, rows: usize, out: usize, k: u
     let (a, b) = (x.as_ptr() as usize, w.as_ptr() as usize);
     let target = SharedOut(y.as_mut_ptr());
     // a task: a panel of output columns, over blocks of rows
-    let block = (X_BLOCK_ELEMENTS / k.max(1) / TILE_A * TILE_A).max(TILE_A);
+    let block = (X_BLOCK_ELEMENTS / k.max(1) / ROW_MULTIPLE * ROW_MULTIPLE).max(ROW_MULTIPLE);
     let panel_task = |from: usize, to: usize| {
         for start in (0..rows).step_by(block) {
             let count = block.min(rows - start);

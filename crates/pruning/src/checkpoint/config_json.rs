@@ -113,7 +113,7 @@ pub(super) fn class(architecture: Architecture) -> &'static str {
 }
 
 /// Says of a family's bias flags what is there, completing biases where a flag stands for several projections. Returns the projections whose
-/// biases the family has no flag for.
+/// biases the family has no flag for; every layer has them then, too.
 pub(super) fn bias_flags(plan: &mut Plan, json: &mut Map<String, Value>) -> Vec<Projection> {
     let flags: &[(&str, &[Projection])] = match plan.config.architecture {
         Architecture::Llama => &[("attention_bias", &Projection::ATTENTION), ("mlp_bias", &Projection::MLP)],
@@ -130,5 +130,7 @@ pub(super) fn bias_flags(plan: &mut Plan, json: &mut Map<String, Value>) -> Vec<
         json.insert((*flag).into(), json!(of.iter().any(|p| plan.biases.contains(p))));
     }
     let expressed = |p: &Projection| always.contains(p) || flags.iter().any(|(_, of)| of.contains(p));
-    plan.biases.iter().filter(|p| !expressed(p)).copied().collect()
+    let extra: Vec<Projection> = plan.biases.iter().filter(|p| !expressed(p)).copied().collect();
+    extra.iter().for_each(|p| plan.complete_biases(&[*p]));
+    extra
 }

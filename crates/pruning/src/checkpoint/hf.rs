@@ -33,7 +33,9 @@ pub(super) fn write(contents: &Contents<'_>, numbers: Option<WeightType>, direct
         }
         Some(reason) => {
             heterogeneous(&plan, &extra_biases, &mut json);
-            notes.push(format!("{reason}: transformers loads it by the modelling file beside it (5.15 or newer, trust_remote_code=True); vLLM does not"));
+            notes.push(format!(
+                "{reason}: transformers loads it by the modelling file beside it (5.15 or newer, trust_remote_code=True); for vLLM: --format nemotron-nas"
+            ));
             format!("Evop{}", class(family))
         }
     };

@@ -1,5 +1,6 @@
 //! What a run found, on one page: HTML to look at, JSON to read.
 
+pub mod compare;
 mod plot;
 
 use crate::evaluate::Work;

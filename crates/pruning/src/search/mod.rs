@@ -1,29 +1,44 @@
 //! Strategies behind one function: how a pattern of a space is found.
 
+mod adjust;
+mod crash;
 mod evop;
+mod evopress;
 mod exhaustive;
+mod flap;
+mod flatten;
+mod greedy;
 mod joint;
+mod merge;
+mod mlp;
+mod policy_gradient;
+mod prune_comp;
 mod racing;
 mod random;
 mod recipe;
 mod seeds;
 mod shortgpt;
-mod sleb;
 mod surrogate;
+mod surrogate_shapley;
+mod twossp;
+mod uniform;
+mod widths;
 
 use crate::evaluate::Evaluator;
 use crate::names::named;
 use crate::objective::Fitness;
-use crate::space::SearchSpace;
+use crate::space::{Genome, SearchSpace, Space};
 use crate::{Error, Result};
 use evop_model::Pattern;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+pub use adjust::{Adjustment, adjust};
 pub use evop::EvopOptions;
 pub use exhaustive::{Certificate, certify, count_patterns};
 pub use joint::JointOptions;
+pub use merge::Merge;
 pub use recipe::Recipe;
 
 /// How the pattern is found. Each is named after its paper.
@@ -34,18 +49,47 @@ pub enum Strategy {
     Joint,
     /// EvoP's genetic algorithm (arXiv 2502.14910).
     Evop,
+    /// (1 + lambda) evolution of drops by switches between units of a kind (EvoPress, arXiv 2410.14649).
+    Evopress,
     /// Greedy: the unit whose removal hurts least, again and again (SLEB, arXiv 2402.09025).
     Sleb,
     /// One shot by how little a layer turns its input (ShortGPT, arXiv 2403.03853).
     Shortgpt,
+    /// Greedy over attention and MLP sub-blocks by perplexity (BlockPruner, arXiv 2406.10594).
+    Blockpruner,
+    /// Greedy over sub-blocks by how far the output moves (FinerCut, arXiv 2405.18218).
+    Finercut,
+    /// One global ranking of heads and channels by fluctuation, with a bias for what goes (FLAP, arXiv 2312.11983).
+    Flap,
+    /// One MLP width for all layers, then whole attentions, greedily (2SSP, arXiv 2501.17771).
+    Twossp,
+    /// Keep probabilities learned by forward passes alone (arXiv 2406.10576).
+    PolicyGradient,
+    /// One layer of every cluster of similar neighbours (CRaSh, arXiv 2310.15477).
+    Crash,
+    /// Greedy over layers, each removal made up for in the magnitude of what stays (Prune&Comp, arXiv 2507.18212).
+    PruneComp,
+    /// The most alike neighbours merged into one layer of the same shape (FlattenGPT, arXiv 2602.08858).
+    Flatten,
+    /// One shot by Shapley values of a learned surrogate (arXiv 2602.07804).
+    SurrogateShapley,
+    /// The same MLP width in every layer, channels well chosen and refitted: the baseline of width pruning.
+    Uniform,
+    /// The same MLP width in every layer, by weight magnitude alone and without repair: the control that looks at no data.
+    Magnitude,
     /// The best of as many random patterns as the search may evaluate: the control.
     Random,
+    /// Random patterns of drops and repaired widths: the control of `joint`.
+    RandomJoint,
     /// Every pattern; certifies the optimum.
     Exhaustive,
 }
 
-named!(Strategy, "joint" => Strategy::Joint, "evop" => Strategy::Evop, "sleb" => Strategy::Sleb, "shortgpt" => Strategy::Shortgpt,
-       "random" => Strategy::Random, "exhaustive" => Strategy::Exhaustive);
+named!(Strategy, "joint" => Strategy::Joint, "evop" => Strategy::Evop, "evopress" => Strategy::Evopress, "sleb" => Strategy::Sleb,
+       "shortgpt" => Strategy::Shortgpt, "blockpruner" => Strategy::Blockpruner, "finercut" => Strategy::Finercut, "flap" => Strategy::Flap,
+       "twossp" => Strategy::Twossp, "policy-gradient" => Strategy::PolicyGradient, "crash" => Strategy::Crash, "prune-comp" => Strategy::PruneComp, "flatten" => Strategy::Flatten,
+       "surrogate-shapley" => Strategy::SurrogateShapley, "uniform" => Strategy::Uniform, "magnitude" => Strategy::Magnitude,
+       "random" => Strategy::Random, "random-joint" => Strategy::RandomJoint, "exhaustive" => Strategy::Exhaustive);
 
 /// What a search needs besides its strategy's own options.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,7 +100,7 @@ pub struct SearchOptions {
     pub joint: JointOptions,
     /// Parameters of `evop`.
     pub evop: EvopOptions,
-    /// Patterns that `random` draws.
+    /// Patterns that `random` and `random-joint` draw, `policy-gradient` samples and `surrogate-shapley` learns from.
     pub evaluations: usize,
     /// Random numbers.
     pub seed: u64,
@@ -88,6 +132,8 @@ pub struct Found {
     pub history: Vec<Round>,
     /// The best patterns, best first, for a choice on held-out text; just the one where a strategy has no others.
     pub elite: Vec<(Pattern, Fitness)>,
+    /// A change of weights that belongs to the pattern, where the strategy makes one: apply it with [`adjust`] before the pattern.
+    pub adjustment: Option<Adjustment>,
     /// Mean rank correlation between what the surrogate predicted of a generation and what was measured, where one was used.
     pub surrogate_rank_correlation: Option<f64>,
 }
@@ -108,14 +154,80 @@ pub struct Round {
 /// # Errors
 /// [`Error::Model`] when the device fails; [`Error::NotFinite`] when no pattern has a finite loss; whatever `on_round` returns.
 pub fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, options: &SearchOptions, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
+    let (evaluations, seed) = (options.evaluations, options.seed);
     match options.strategy {
-        Strategy::Joint => joint::search(evaluator, space, &options.joint, options.seed, on_round),
-        Strategy::Evop => evop::search(evaluator, space, &options.evop, options.seed, on_round),
-        Strategy::Sleb => sleb::search(evaluator, space, on_round),
+        Strategy::Joint => joint::search(evaluator, space, &options.joint, seed, on_round),
+        Strategy::Evop => evop::search(evaluator, space, &options.evop, seed, on_round),
+        Strategy::Evopress => evopress::search(evaluator, space, &options.joint, seed, on_round),
+        Strategy::Sleb | Strategy::Blockpruner | Strategy::Finercut => greedy::search(evaluator, space, options.strategy, on_round),
         Strategy::Shortgpt => shortgpt::search(evaluator, space, on_round),
-        Strategy::Random => random::search(evaluator, space, options.evaluations, options.seed, on_round),
+        Strategy::Flap => flap::search(evaluator, space, on_round),
+        Strategy::Twossp => twossp::search(evaluator, space, on_round),
+        Strategy::PolicyGradient => policy_gradient::search(evaluator, space, evaluations, seed, on_round),
+        Strategy::Crash => crash::search(evaluator, space, on_round),
+        Strategy::PruneComp => prune_comp::search(evaluator, space, on_round),
+        Strategy::Flatten => flatten::search(evaluator, space, on_round),
+        Strategy::SurrogateShapley => surrogate_shapley::search(evaluator, space, evaluations, seed, on_round),
+        Strategy::Uniform | Strategy::Magnitude => uniform::search(evaluator, space, options.strategy, on_round),
+        Strategy::Random | Strategy::RandomJoint => random::search(evaluator, space, evaluations, seed, on_round),
         Strategy::Exhaustive => exhaustive::search(evaluator, space, on_round),
     }
+}
+
+/// The number of layers of a space whose units are the model's layers, each of them.
+///
+/// # Errors
+/// [`Error::Option`] for another space, or a model that lacks layers already.
+fn whole_layers(space: &SearchSpace, strategy: Strategy) -> Result<usize> {
+    let layers = space.dense().layers().len();
+    if space.kind() != Space::Layer || space.units() != layers {
+        return Err(Error::option("--space", format!("{strategy} ranks whole layers of a model that has them all: expected layer, without --uniform")));
+    }
+    Ok(layers)
+}
+
+/// Drops units in this order until the budgets hold.
+fn drop_in_order(space: &SearchSpace, order: &[usize]) -> Genome {
+    let mut genome = space.dense_genome();
+    for unit in order {
+        if space.fits(&genome) {
+            break;
+        }
+        genome[*unit] = 0;
+    }
+    genome
+}
+
+/// The genome with one unit dropped.
+fn without(genome: &[u8], unit: usize) -> Genome {
+    let mut less = genome.to_vec();
+    less[unit] = 0;
+    less
+}
+
+/// How many of these units have to go until the budgets hold, if all cost the same.
+fn removals(space: &SearchSpace, units: &[usize]) -> usize {
+    let mut genome = space.dense_genome();
+    let fits_after = units.iter().position(|unit| {
+        genome[*unit] = 0;
+        space.fits(&genome)
+    });
+    fits_after.map_or(units.len(), |at| at + 1)
+}
+
+/// Evaluates the one genome that a strategy without a search comes to.
+fn one_shot(evaluator: &mut Evaluator<'_>, space: &SearchSpace, genome: &[u8], on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
+    let patterns = [space.pattern(genome)];
+    let fitness = evaluator.evaluate(&patterns)?;
+    let mut best = Best::new();
+    best.offer(&patterns, &fitness);
+    best.end_round(1, evaluator, on_round)?;
+    best.finish()
+}
+
+/// A loss to sort by: what isn't a number is the worst.
+fn rankable(loss: f64) -> f64 {
+    if loss.is_finite() { loss } else { f64::INFINITY }
 }
 
 /// A generator for one round: a resumed run draws what an uninterrupted one would have drawn.
@@ -136,6 +248,11 @@ impl Best {
         Self { found: None, history: Vec::new() }
     }
 
+    /// Forgets the best, not the history: a step that goes on from the last one's choice competes with itself alone.
+    fn restart(&mut self) {
+        self.found = None;
+    }
+
     fn offer(&mut self, patterns: &[Pattern], fitness: &[Fitness]) {
         for (pattern, fitness) in patterns.iter().zip(fitness) {
             let better = self.found.as_ref().is_none_or(|(_, best)| fitness.loss < best.loss);
@@ -154,6 +271,13 @@ impl Best {
 
     fn finish(self) -> Result<Found> {
         let (pattern, fitness) = self.found.ok_or(Error::NotFinite(f64::NAN))?;
-        Ok(Found { elite: vec![(pattern.clone(), fitness.clone())], pattern, fitness, history: self.history, surrogate_rank_correlation: None })
+        Ok(Found {
+            elite: vec![(pattern.clone(), fitness.clone())],
+            pattern,
+            fitness,
+            history: self.history,
+            adjustment: None,
+            surrogate_rank_correlation: None,
+        })
     }
 }

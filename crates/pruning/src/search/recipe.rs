@@ -22,10 +22,19 @@ pub struct Recipe {
 impl Strategy {
     /// The strategy's own choices.
     pub fn recipe(self) -> Recipe {
-        let depth = |space, fitness| Recipe { space, fitness, importance: None, compensation: None };
+        let chosen = |space, fitness| Recipe { space, fitness, importance: None, compensation: None };
+        let fixed = |space, importance, compensation| Recipe { space, fitness: FitnessKind::Nll, importance, compensation: Some(compensation) };
         match self {
-            Self::Joint => depth(Space::Joint, FitnessKind::Kl),
-            Self::Evop | Self::Sleb | Self::Shortgpt | Self::Random | Self::Exhaustive => depth(Space::Layer, FitnessKind::Nll),
+            Self::Joint | Self::RandomJoint => chosen(Space::Joint, FitnessKind::Kl),
+            Self::Evop | Self::Sleb | Self::Shortgpt | Self::Random | Self::Exhaustive => chosen(Space::Layer, FitnessKind::Nll),
+            Self::Crash | Self::PruneComp | Self::Flatten | Self::SurrogateShapley => chosen(Space::Layer, FitnessKind::Nll),
+            Self::Evopress | Self::Finercut => chosen(Space::Block, FitnessKind::Kl),
+            Self::Blockpruner => chosen(Space::Block, FitnessKind::Nll),
+            Self::Flap => fixed(Space::JointHeads, Some(Importance::Flap), Compensation::Bias),
+            Self::Twossp => fixed(Space::Joint, Some(Importance::Norm2ssp), Compensation::None),
+            Self::PolicyGradient => fixed(Space::JointHeads, Some(Importance::Wanda), Compensation::None),
+            Self::Uniform => fixed(Space::Width, None, Compensation::Refit),
+            Self::Magnitude => fixed(Space::Width, Some(Importance::Magnitude), Compensation::None),
         }
     }
 }

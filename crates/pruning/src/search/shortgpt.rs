@@ -1,16 +1,13 @@
 //! ShortGPT (arXiv 2403.03853): block influence 1 - E[cos(x_l, x_{l+1})] of every layer, one forward pass, the lowest go.
 
-use super::{Best, Found, Progress};
+use super::{Found, Progress, Strategy, drop_in_order, one_shot, whole_layers};
+use crate::Result;
 use crate::evaluate::Evaluator;
-use crate::space::{SearchSpace, Space};
-use crate::{Error, Result};
+use crate::space::SearchSpace;
 use candle_core::{D, DType, Tensor};
 
 pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
-    let layers = evaluator.supernet().decoder().config().num_layers();
-    if space.kind() != Space::Layer || space.units() != layers {
-        return Err(Error::option("--space", "shortgpt ranks whole layers of a model that has them all: expected layer".to_string()));
-    }
+    let layers = whole_layers(space, Strategy::Shortgpt)?;
     let mut cosines = vec![(0.0, 0usize); layers];
     let mut before_layer = None;
     evaluator.visit(space.dense(), |s, before, after| {
@@ -26,23 +23,11 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
     let influence: Vec<f64> = cosines.iter().map(|(sum, tokens)| 1.0 - sum / *tokens as f64).collect();
     let mut order: Vec<usize> = (0..layers).collect();
     order.sort_by(|a, b| influence[*a].total_cmp(&influence[*b]));
-    let mut genome = space.dense_genome();
-    for layer in order {
-        if space.fits(&genome) {
-            break;
-        }
-        genome[layer] = 0;
-    }
-    let patterns = [space.pattern(&genome)];
-    let fitness = evaluator.evaluate(&patterns)?;
-    let mut best = Best::new();
-    best.offer(&patterns, &fitness);
-    best.end_round(1, evaluator, on_round)?;
-    best.finish()
+    one_shot(evaluator, space, &drop_in_order(space, &order), on_round)
 }
 
 /// Sum over rows of the cosine between two [tokens, hidden], and the number of rows.
-fn cosine_sum(before: &Tensor, after: &Tensor) -> Result<(f64, usize)> {
+pub(super) fn cosine_sum(before: &Tensor, after: &Tensor) -> Result<(f64, usize)> {
     let (a, b) = (before.to_dtype(DType::F32)?, after.to_dtype(DType::F32)?);
     let dot = (&a * &b)?.sum(D::Minus1)?.to_vec1::<f32>()?;
     let (na, nb) = (a.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?, b.sqr()?.sum(D::Minus1)?.to_vec1::<f32>()?);

@@ -158,7 +158,7 @@ fn gguf_types_keep_what_they_can() {
     for (weights, worst) in [
         (None, 0.0),
         (Some(WeightType::F32), 0.0),
-        (Some(WeightType::F16), 1e-3),
+        (Some(WeightType::F16), 2e-3),
         (Some(WeightType::Bf16), 1e-2),
         (Some(WeightType::Q8_0), 3e-2),
         (Some(WeightType::Q4K), 0.25),

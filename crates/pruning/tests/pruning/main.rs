@@ -10,3 +10,5 @@ mod perplexity;
 mod runs;
 mod setting;
 mod small_models;
+mod strategies;
+mod vocabulary;

@@ -12,6 +12,8 @@ use std::path::Path;
 const MAGIC: &[u8; 4] = b"GGUF";
 const VERSION: u32 = 3;
 const ALIGNMENT: u64 = 32;
+/// The number of the type of strings.
+const STRING: u32 = 8;
 
 /// Everything before the tensors' bytes.
 pub(super) struct Header {
@@ -70,7 +72,8 @@ impl Header {
             Value::Bool(v) => self.put(&[u8::from(*v)]),
             Value::String(v) => self.string(v),
             Value::Array(list) => {
-                self.put(&list.first().map_or(type_of(&Value::U32(0)), type_of).to_le_bytes());
+                // the only list that may be empty is one of strings: a vocabulary without merges
+                self.put(&list.first().map_or(STRING, type_of).to_le_bytes());
                 self.put(&(list.len() as u64).to_le_bytes());
                 list.iter().for_each(|v| self.value(v));
             }
@@ -105,7 +108,7 @@ fn type_of(value: &Value) -> u32 {
         Value::I32(_) => 5,
         Value::F32(_) => 6,
         Value::Bool(_) => 7,
-        Value::String(_) => 8,
+        Value::String(_) => STRING,
         Value::Array(_) => 9,
         Value::U64(_) => 10,
         Value::I64(_) => 11,
