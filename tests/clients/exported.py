@@ -32,7 +32,7 @@ import hf_heterogeneous as common
 import nemotron_nas_readers as readers
 from hf_heterogeneous import check, head_sizes, load, make_parents, parent_with_zeros
 
-PROMPT = torch.Generator().manual_seed(7)
+RANDOM = torch.Generator().manual_seed(7)
 
 
 def patterns(config):
@@ -84,14 +84,15 @@ def shapes_in(folder):
 
 
 @torch.no_grad()
-def check_logits(name, folder, expected):
+def check_logits(name, folder, expected, dense):
     config = json.loads((folder / "config.json").read_text())
-    ids = torch.randint(0, config["vocab_size"], (2, 40), generator=PROMPT)
+    ids = torch.randint(0, config["vocab_size"], (2, 40), generator=RANDOM)
     model, reference = load(folder, trust_remote_code="auto_map" in config), expected(ids).logits
-    difference = (reference - model(ids).logits).abs().max().item()
+    difference, largest = (reference - model(ids).logits).abs().max().item(), reference.abs().max().item()
+    assert (reference - dense(ids).logits).abs().max().item() > 1e-2 * largest, "the pattern changes nothing"
     prompt = ids[:1, :9]
     greedy = [m.generate(prompt, do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=0, attention_mask=torch.ones_like(prompt)).tolist() for m in (expected, model)]
-    check(f"{name}: transformers' logits and greedy tokens ({type(model).__name__})", difference < 1e-4 * reference.abs().max().item() and greedy[0] == greedy[1], f"difference {difference:.1e}")
+    check(f"{name}: transformers' logits and greedy tokens ({type(model).__name__})", difference < 1e-4 * largest and greedy[0] == greedy[1], f"difference {difference:.1e}")
 
 
 def check_nemotron_nas(name, folder, written):
@@ -158,13 +159,13 @@ def check_gguf(name, file, parent, pattern, written):
 
 
 def check_parent(evop, name, parent, work):
-    config = json.loads((parent / "config.json").read_text())
+    config, dense = json.loads((parent / "config.json").read_text()), load(parent)
     for number, (what, pattern) in enumerate(patterns(config).items()):
         label, at = f"{name}, {what}", work / f"{name}-{number}"
         kept, expected = genes(config, pattern), parent_with_zeros(parent, pattern)
         out = at.with_name(at.name + "-hf")
         export(evop, parent, kept, "hf", out)
-        check_logits(f"{label}, hf", out, expected)
+        check_logits(f"{label}, hf", out, expected, dense)
         out = at.with_name(at.name + "-nas")
         written = export(evop, parent, kept, "nemotron-nas", out)
         if isinstance(written, str):
@@ -173,7 +174,7 @@ def check_parent(evop, name, parent, work):
         else:
             check_nemotron_nas(f"{label}, nemotron-nas", out, written)
             if not windowed(config):
-                check_logits(f"{label}, nemotron-nas", out, expected)
+                check_logits(f"{label}, nemotron-nas", out, expected, dense)
         out = at.with_suffix(".gguf")
         written = export(evop, parent, kept, "gguf", out)
         if isinstance(written, str):
@@ -190,12 +191,12 @@ def check_biases(evop, name, parent, work):
     weights, expected = load_file(folder / "model.safetensors"), load(parent)
     for layer, part in itertools.product((1, 3), ("self_attn.o_proj", "mlp.down_proj")):
         module = expected.model.layers[layer].get_submodule(part)
-        module.bias = torch.nn.Parameter(torch.randn(module.out_features, generator=PROMPT))
+        module.bias = torch.nn.Parameter(torch.randn(module.out_features, generator=RANDOM))
         weights[f"model.layers.{layer}.{part}.bias"] = module.bias.data
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     written = export(evop, folder, genes(config, {}), "hf", out)
-    check_logits(f"{name}, with biases on o_proj and down_proj, hf", out, expected)
+    check_logits(f"{name}, with biases on o_proj and down_proj, hf", out, expected, load(parent))
     check(f"{name}, with biases, hf: a note says why it isn't plain", "has a bias" in " ".join(written["notes"]) or config["model_type"] == "llama")
 
 

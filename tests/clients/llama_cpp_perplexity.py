@@ -23,11 +23,15 @@ import urllib.request
 def llama_cpp(binary, model, text, window, chunks):
     """The mean negative log-likelihood of a token, and the tokens counted."""
     options = ["-c", str(window), "-b", str(window), "--chunks", str(chunks), "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", "2"]
-    run = subprocess.run([binary, "-m", model, "-f", text, *options], capture_output=True, text=True)
-    output = run.stdout + run.stderr
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)", output)
+    # its log is written by a thread of its own, and a short run may end before the last line is out
+    for _ in range(5):
+        run = subprocess.run([binary, "-m", model, "-f", text, *options], capture_output=True, text=True)
+        output = run.stdout + run.stderr
+        found = re.search(r"Final estimate: PPL = ([0-9.]+)", output)
+        if found or run.returncode:
+            break
     if not found:
-        sys.exit(f"llama-perplexity gave none:\n{output[-3000:]}")
+        sys.exit(f"llama-perplexity gave none (status {run.returncode}):\n{output[-3000:]}")
     per_chunk = [float(v) for v in re.findall(r"\[\d+\]([0-9.]+)", run.stdout)]
     return math.log(float(found[1])), len(per_chunk)
 
@@ -52,10 +56,13 @@ def evop(binary, model, text, window, chunks):
                 except OSError:
                     assert server.poll() is None, "evop serve ended"
                     time.sleep(0.1)
-            tokens = post(f"{url}/tokenize", {"prompt": pathlib.Path(text).read_text(), "add_special_tokens": False})["tokens"]
+            tokenize = lambda special: post(f"{url}/tokenize", {"prompt": pathlib.Path(text).read_text(), "add_special_tokens": special})["tokens"]
+            tokens = tokenize(True)
+            begin = tokens[:1] if tokens != tokenize(False) else []
             scores = []
             for chunk in range(chunks):
-                ids = tokens[chunk * window:(chunk + 1) * window]
+                # where a tokenizer puts a token before a text, llama-perplexity has it in place of every window's first
+                ids = begin + tokens[chunk * window:(chunk + 1) * window][len(begin):]
                 answer = post(f"{url}/v1/completions", {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1})
                 scores += answer["choices"][0]["logprobs"]["token_logprobs"][window // 2 + 1:]
         finally:

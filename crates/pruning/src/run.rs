@@ -342,7 +342,8 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let mut found = search::search(&mut evaluator, &space, &options.search, &mut |p| on_step(Step::Search(p)))?;
     let work = evaluator.work();
     let mut certificate = None;
-    if search::count_patterns(&space, options.certify_up_to).is_some() {
+    // (an enumeration says nothing of a model whose weights the search changed too)
+    if found.adjustment.is_none() && search::count_patterns(&space, options.certify_up_to).is_some() {
         phase.set(Phase::Certificate);
         let (c, best) = search::certify(&mut evaluator, &space, &found, &mut |p| on_step(Step::Certificate(p)))?;
         (certificate, found) = (Some(c), best);
@@ -353,9 +354,10 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     drop(evaluator);
     seconds.search = earlier_seconds + lap();
 
-    let held_out = pick(&supernet, &calibration, options, &mut found)?;
+    let adjusted = found.adjustment.as_ref().map(|a| search::adjust(supernet.decoder(), a)).transpose()?.map(|decoder| Supernet::raw(&decoder));
+    let held_out = pick(&supernet, adjusted.as_ref(), &calibration, options, &mut found)?;
     let pattern = &found.pattern;
-    let pruned_decoder = supernet.pruned(pattern)?;
+    let pruned_decoder = adjusted.as_ref().unwrap_or(&supernet).pruned(pattern)?;
     let (dense, pruned) = perplexities(inputs, &calibration, &pruned_decoder, options.eval_window, on_step)?;
     on_step(Step::Writing)?;
     storage::write_json(&directory.join(PATTERN), pattern)?;
@@ -445,8 +447,8 @@ fn supernet(
     Supernet::new(inputs.decoder, levels)
 }
 
-/// Takes the pattern of least loss on held-out sequences among the search's best.
-fn pick(supernet: &Supernet, calibration: &Calibration, options: &PruneOptions, found: &mut Found) -> Result<HeldOut> {
+/// Takes the pattern of least loss on held-out sequences among the search's best; `adjusted` is the model whose weights a strategy changed.
+fn pick(supernet: &Supernet, adjusted: Option<&Supernet>, calibration: &Calibration, options: &PruneOptions, found: &mut Found) -> Result<HeldOut> {
     let mut evaluator = Evaluator::new(
         supernet,
         &calibration.held_out_samples(),
@@ -457,7 +459,10 @@ fn pick(supernet: &Supernet, calibration: &Calibration, options: &PruneOptions, 
         Box::new(|_, _| Ok(())),
     )?;
     let patterns: Vec<Pattern> = found.elite.iter().map(|(pattern, _)| pattern.clone()).collect();
-    let fitness = evaluator.evaluate(&patterns)?;
+    let fitness = match adjusted {
+        Some(other) => evaluator.over(other, |e| e.evaluate(&patterns))?,
+        None => evaluator.evaluate(&patterns)?,
+    };
     let losses: Vec<f64> = fitness.iter().map(|f| f.loss).collect();
     let chosen = (0..losses.len()).reduce(|best, other| if losses[other] < losses[best] { other } else { best }).unwrap_or(0);
     if let Some((pattern, fitness)) = found.elite.get(chosen) {

@@ -224,6 +224,7 @@ impl TuningArgs {
                     ..joint
                 },
                 evop: EvopOptions { population: self.population.unwrap_or(evop.population), generations: self.generations.unwrap_or(evop.generations), ..evop },
+                evopress_generations: self.generations,
                 evaluations: self.evaluations.unwrap_or(1_000),
                 seed,
             },

@@ -140,7 +140,7 @@ fn a_full_disk_ends_the_run_with_a_clear_error_and_room_lets_it_go_on() {
     let out = mount.path().join("out");
     let out = out.to_str().unwrap();
     let result = std::panic::catch_unwind(|| {
-        let (code, text) = fails(prune(&[&words(PAPER), &["--out", out]].concat()));
+        let (code, text) = fails(prune(&[&words(PAPER)[..], &["--out", out]].concat()));
         assert_eq!(code, 1);
         assert!(text.contains("No space left"), "{text}");
         assert!(!Path::new(out).join("evop.json").exists());

@@ -206,7 +206,10 @@ fn rope_scaling(metadata: &Metadata<'_>, architecture: &str) -> Result<Option<Va
     }
     // llama.cpp multiplies it by what transformers has as a default
     if let (Some(own), Some(factor), "yarn") = (metadata.float(&key("attn_factor"))?, factor, kind) {
-        scaling.insert("attention_factor".into(), json!(own * (0.1 * factor.max(1.0).ln() + 1.0)));
+        // an f32 ratio of what the config said: a number of six decimals or less is told again
+        let product = own * (0.1 * factor.max(1.0).ln() + 1.0);
+        let decimal = (product * 1e6).round() / 1e6;
+        scaling.insert("attention_factor".into(), json!(if (decimal / product - 1.0).abs() < 1e-7 { decimal } else { product }));
     }
     Ok(Some(Value::Object(scaling)))
 }

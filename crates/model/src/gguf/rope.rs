@@ -14,7 +14,7 @@ pub(super) fn llama3_scaling(divisors: &[f32], theta: f64) -> Option<RopeParamet
     // (frequency, s) of the ramp's ends
     let ramp = frequencies.iter().zip(divisors).map(|(f, d)| (f64::from(*f), f64::from(*d))).filter(|(_, d)| *d > 1.0 && *d < factor);
     let mut points = ramp.map(|(f, d)| (f, (1.0 / d - 1.0 / factor) / (1.0 - 1.0 / factor)));
-    let (first, last) = (points.next()?, points.last()?);
+    let (first, last) = (points.next()?, points.next_back()?);
     let slope = (first.1 - last.1) / (first.0 - last.0);
     let high_freq_factor = near(1.0 + 1.0 / (slope * first.0 - first.1));
     let original_context = near(slope * 2.0 * PI * (high_freq_factor - 1.0)) as usize;

@@ -5,7 +5,7 @@
 //! generations when k of n layers go, two survivors of the first tokens and one of all, against the parent. Not as published: the tokens are the same in all
 //! generations, which lets the evaluator remember; and what the budget leaves after equal counts is filled.
 
-use super::{Best, Found, JointOptions, Progress, Strategy, rankable, round_rng};
+use super::{Best, Found, Progress, Strategy, rankable, round_rng};
 use crate::evaluate::Evaluator;
 use crate::space::{Genome, SearchSpace};
 use crate::{Error, Result};
@@ -23,11 +23,11 @@ const SURVIVORS: (usize, usize) = (2, 4);
 /// Neighbours by one switch for each generation.
 const SWITCHES_A_GENERATION: f64 = 1.5;
 
-/// `options.generations` caps the paper's number where it isn't the default of `joint`.
+/// `cap` bounds the generations where the published schedule would be longer.
 pub(super) fn search(
     evaluator: &mut Evaluator<'_>,
     space: &SearchSpace,
-    options: &JointOptions,
+    cap: Option<usize>,
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
@@ -35,7 +35,6 @@ pub(super) fn search(
         return Err(Error::option("--space", format!("{} switches whole units: expected layer or block, without --uniform", Strategy::Evopress)));
     }
     let kinds = kinds(space);
-    let cap = (options.generations != JointOptions::default().generations).then_some(options.generations);
     let count = drops_of_each_kind(space, &kinds);
     let generations = generations(&kinds, count).min(cap.unwrap_or(usize::MAX));
     let packs = evaluator.packs();

@@ -31,8 +31,9 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
     let mut decoder = dense.clone();
     let mut genome = space.dense_genome();
     let mut best = Best::new();
-    let rounds = removals(space, &(0..layers).collect::<Vec<_>>());
     while !space.fits(&genome) {
+        let kept: Vec<usize> = (0..layers).filter(|l| genome[*l] > 0).collect();
+        let rounds = best.history.len() + removals(space, &genome, &kept);
         let pattern = space.pattern(&genome);
         let (into, from) = evaluator.over(&Supernet::raw(&decoder), |evaluator| most_alike(evaluator, &pattern))?;
         genome = without(&genome, from);

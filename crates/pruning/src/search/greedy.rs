@@ -25,7 +25,6 @@ pub(super) fn search(
     let mut left = candidates(space, strategy);
     let mut genome = space.dense_genome();
     let mut best = Best::new();
-    let rounds = removals(space, &left);
     while !space.fits(&genome) {
         let less: Vec<Genome> = left.iter().map(|u| without(&genome, *u)).collect();
         if less.is_empty() {
@@ -36,6 +35,7 @@ pub(super) fn search(
         evaluator.anchor(&[space.pattern(&genome)]);
         let fitness = evaluator.evaluate(&patterns)?;
         best.restart();
+        let rounds = best.history.len() + removals(space, &genome, &left);
         best.offer(&patterns, &fitness);
         best.end_round(rounds, evaluator, on_round)?;
         // no removal leaves a finite loss: there is nothing to go on from

@@ -87,9 +87,10 @@ pub enum Strategy {
 
 named!(Strategy, "joint" => Strategy::Joint, "evop" => Strategy::Evop, "evopress" => Strategy::Evopress, "sleb" => Strategy::Sleb,
        "shortgpt" => Strategy::Shortgpt, "blockpruner" => Strategy::Blockpruner, "finercut" => Strategy::Finercut, "flap" => Strategy::Flap,
-       "twossp" => Strategy::Twossp, "policy-gradient" => Strategy::PolicyGradient, "crash" => Strategy::Crash, "prune-comp" => Strategy::PruneComp, "flatten" => Strategy::Flatten,
-       "surrogate-shapley" => Strategy::SurrogateShapley, "uniform" => Strategy::Uniform, "magnitude" => Strategy::Magnitude,
-       "random" => Strategy::Random, "random-joint" => Strategy::RandomJoint, "exhaustive" => Strategy::Exhaustive);
+       "twossp" => Strategy::Twossp, "policy-gradient" => Strategy::PolicyGradient, "crash" => Strategy::Crash,
+       "prune-comp" => Strategy::PruneComp, "flatten" => Strategy::Flatten, "surrogate-shapley" => Strategy::SurrogateShapley,
+       "uniform" => Strategy::Uniform, "magnitude" => Strategy::Magnitude, "random" => Strategy::Random,
+       "random-joint" => Strategy::RandomJoint, "exhaustive" => Strategy::Exhaustive);
 
 /// What a search needs besides its strategy's own options.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -100,6 +101,8 @@ pub struct SearchOptions {
     pub joint: JointOptions,
     /// Parameters of `evop`.
     pub evop: EvopOptions,
+    /// Generations of `evopress`, where its published schedule would be longer.
+    pub evopress_generations: Option<usize>,
     /// Patterns that `random` and `random-joint` draw, `policy-gradient` samples and `surrogate-shapley` learns from.
     pub evaluations: usize,
     /// Random numbers.
@@ -158,7 +161,7 @@ pub fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, options: &Sear
     match options.strategy {
         Strategy::Joint => joint::search(evaluator, space, &options.joint, seed, on_round),
         Strategy::Evop => evop::search(evaluator, space, &options.evop, seed, on_round),
-        Strategy::Evopress => evopress::search(evaluator, space, &options.joint, seed, on_round),
+        Strategy::Evopress => evopress::search(evaluator, space, options.evopress_generations, seed, on_round),
         Strategy::Sleb | Strategy::Blockpruner | Strategy::Finercut => greedy::search(evaluator, space, options.strategy, on_round),
         Strategy::Shortgpt => shortgpt::search(evaluator, space, on_round),
         Strategy::Flap => flap::search(evaluator, space, on_round),
@@ -205,9 +208,9 @@ fn without(genome: &[u8], unit: usize) -> Genome {
     less
 }
 
-/// How many of these units have to go until the budgets hold, if all cost the same.
-fn removals(space: &SearchSpace, units: &[usize]) -> usize {
-    let mut genome = space.dense_genome();
+/// How many of these units have to go from a genome until the budgets hold, if they go in this order.
+fn removals(space: &SearchSpace, genome: &[u8], units: &[usize]) -> usize {
+    let mut genome = genome.to_vec();
     let fits_after = units.iter().position(|unit| {
         genome[*unit] = 0;
         space.fits(&genome)

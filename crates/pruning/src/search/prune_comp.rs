@@ -2,8 +2,9 @@
 //! before the next is chosen (section 3, iterative pruning with compensation). The layer that goes is the one whose removal leaves the lowest loss.
 //!
 //! Without layer l the stream reaches the later layers too small by a factor alpha, the mean over channels of ||output||_1 / ||input||_1 of l. The paper
-//! multiplies the embedding and all output layers before l by alpha, which unties the head. An RMS norm (or LayerNorm) doesn't see the scale of the stream, so the
-//! same function comes from multiplying the output layers **after** l by 1 / alpha: that is what is done here, and a tied head stays tied.
+//! multiplies the embedding and all output layers before l by alpha, which unties the head. An RMS norm (or LayerNorm) doesn't see the scale of
+//! the stream but for its epsilon, so the same function comes from multiplying the output layers **after** l by 1 / alpha: that is what is done
+//! here, and a tied head stays tied.
 
 use super::adjust::{Adjustment, adjust};
 use super::{Best, Found, Progress, Strategy, removals, whole_layers, without};
@@ -24,9 +25,9 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
     let mut adjusted = Supernet::raw(dense);
     let mut genome = space.dense_genome();
     let mut best = Best::new();
-    let rounds = removals(space, &(0..layers).collect::<Vec<_>>());
     while !space.fits(&genome) {
         let kept: Vec<usize> = (0..layers).filter(|l| genome[*l] > 0).collect();
+        let rounds = best.history.len() + removals(space, &genome, &kept);
         let patterns: Vec<Pattern> = kept.iter().map(|l| space.pattern(&without(&genome, *l))).collect();
         let (layer, ratio) = evaluator.over(&adjusted, |evaluator| {
             let fitness = evaluator.evaluate(&patterns)?;

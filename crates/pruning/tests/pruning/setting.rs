@@ -58,6 +58,7 @@ pub fn search_options(strategy: Strategy) -> SearchOptions {
         strategy,
         joint: JointOptions { generations: 4, offspring: 8, ..Default::default() },
         evop: EvopOptions { population: 20, generations: 15, ..Default::default() },
+        evopress_generations: Some(3),
         evaluations: 100,
         seed: 31,
     }
@@ -93,7 +94,7 @@ pub fn evaluator<'a>(supernet: &'a Supernet, objective: Objective, savings: Savi
 /// Patterns with drops and partial widths all over the model.
 pub fn patterns(checkpoint: &Checkpoint, kind: Space) -> Vec<Pattern> {
     let space = space(checkpoint, kind, 0.25);
-    let genome = |i: usize| (0..space.units()).map(|u| ((u * 7 + i * 5 + u * u * i) % space.options(u)) as u8).collect::<Vec<_>>();
+    let genome = |i: usize| (0..space.units()).map(|u| (((u + 1) * 2_654_435_761 * (i + 3) >> 13) % space.options(u)) as u8).collect::<Vec<_>>();
     (1..13).map(|i| space.pattern(&genome(i))).collect()
 }
 

@@ -23,7 +23,11 @@ pub fn families() -> Vec<(&'static str, Value)> {
             json!({"model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64 }}),
         ),
-        ("mistral", json!({"model_type": "mistral", "sliding_window": null})),
+        (
+            "mistral",
+            json!({"model_type": "mistral", "sliding_window": null, "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.25 }}),
+        ),
         ("qwen2", json!({"model_type": "qwen2", "rope_theta": 1e6})),
         ("qwen3", json!({"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": true})),
     ]

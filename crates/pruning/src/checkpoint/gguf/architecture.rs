@@ -2,7 +2,7 @@
 
 use crate::checkpoint::plan::{Plan, Projection};
 use crate::{Error, Result};
-use evop_model::{Activation, Architecture as Family, LayerShape};
+use evop_model::{Activation, Architecture as Family, LayerShape, Positions, RopeScaling};
 
 /// Channels of an MLP that is a placeholder: a block of the smallest quantised type.
 pub(super) const PLACEHOLDER_FFN: usize = 32;
@@ -36,15 +36,24 @@ impl Architecture {
         if plan.most_heads() == 0 {
             return refuse("a model without any attention");
         }
+        let scaling = if let Positions::Rope(rope) = &config.positions { rope.scaling.as_ref() } else { None };
+        if let Some(RopeScaling::Yarn { beta_fast, beta_slow, truncate, .. }) = scaling
+            && (*beta_fast, *beta_slow, *truncate) != (32.0, 1.0, true)
+        {
+            return refuse("YaRN with a beta_fast other than 32, a beta_slow other than 1, or without truncate");
+        }
+        // its Qwen architectures have one factor for all frequencies
+        let divisors = matches!(scaling, Some(RopeScaling::Llama3 { .. } | RopeScaling::Divisors(_)));
         let uniform = plan.is_uniform();
         let output_biases = [Projection::O, Projection::Gate, Projection::Up, Projection::Down].iter().any(|p| plan.biases.contains(p));
         let (name, interleaved) = match config.architecture {
             Family::Opt => return refuse("OPT"),
             Family::Qwen3 if !uniform => return refuse("layers that differ in a model that normalises queries and keys (Qwen3)"),
             Family::Qwen3 if output_biases => return refuse("a Qwen3 model with biases on output projections"),
+            Family::Qwen3 if divisors => return refuse("a Qwen3 model with Llama 3's rotary scaling"),
             Family::Qwen3 => ("qwen3", false),
             // its q_proj is square, and it has biases on q, k and v only
-            Family::Qwen2 if uniform && !output_biases && plan.most_heads() * config.head_dim == config.hidden_size => ("qwen2", false),
+            Family::Qwen2 if uniform && !output_biases && !divisors && plan.most_heads() * config.head_dim == config.hidden_size => ("qwen2", false),
             Family::Llama | Family::Mistral | Family::Qwen2 => (if uniform { "llama" } else { "deci" }, true),
         };
         let mut architecture =

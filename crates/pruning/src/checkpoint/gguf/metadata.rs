@@ -90,13 +90,11 @@ fn rope_scaling(scaling: Option<&RopeScaling>, original_context: usize, notes: &
             notes.push("GGUF has no dynamic rotary scaling: it makes no difference within the context length that the file states".into());
             Vec::new()
         }
-        Some(RopeScaling::Yarn { factor, beta_fast, beta_slow, attention_factor, .. }) => {
+        Some(RopeScaling::Yarn { factor, attention_factor, .. }) => {
             let mut entries = vec![
                 ("rope.scaling.type", text("yarn")),
                 ("rope.scaling.factor", float(*factor)),
                 ("rope.scaling.original_context_length", number(original_context)?),
-                ("rope.scaling.yarn_beta_fast", float(*beta_fast)),
-                ("rope.scaling.yarn_beta_slow", float(*beta_slow)),
             ];
             // llama.cpp multiplies it by what transformers has as a default
             let default = 0.1 * factor.max(1.0).ln() + 1.0;

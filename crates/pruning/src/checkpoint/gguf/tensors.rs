@@ -33,7 +33,7 @@ pub(super) fn plan(plan: &Plan, architecture: &Architecture, weights: Option<Wei
     let names = TensorNames::of(plan.config.architecture);
     let mut types = Types { weights, tied: plan.config.tie_word_embeddings, odd: Vec::new() };
     let mut tensors = Vec::new();
-    if let Some(divisors) = rope_divisors(plan)? {
+    if let Some(divisors) = rope_divisors(plan) {
         tensors.push(GgufTensor { name: ROPE_FREQS.into(), kind: GgmlDType::F32, shape: vec![divisors.len()], numbers: Numbers::Values(divisors) });
     }
     for planned in plan.tensors.iter().cloned().chain(placeholders(plan, architecture, names)) {
@@ -82,19 +82,16 @@ fn placeholders(plan: &Plan, architecture: &Architecture, names: TensorNames) ->
 }
 
 /// What each rotary frequency is divided by, where one factor doesn't say it.
-fn rope_divisors(plan: &Plan) -> Result<Option<Vec<f32>>> {
-    let Positions::Rope(rope) = &plan.config.positions else { return Ok(None) };
+fn rope_divisors(plan: &Plan) -> Option<Vec<f32>> {
+    let Positions::Rope(rope) = &plan.config.positions else { return None };
     match &rope.scaling {
-        Some(RopeScaling::Divisors(divisors)) => Ok(Some(divisors.clone())),
+        Some(RopeScaling::Divisors(divisors)) => Some(divisors.clone()),
         Some(RopeScaling::Llama3 { .. }) => {
             let frequencies = |rope: &RopeParameters| rope.inverse_frequencies(plan.config.head_dim, 1);
             let plain = frequencies(&RopeParameters { scaling: None, ..rope.clone() });
-            Ok(Some(plain.iter().zip(frequencies(rope)).map(|(plain, scaled)| plain / scaled).collect()))
+            Some(plain.iter().zip(frequencies(rope)).map(|(plain, scaled)| plain / scaled).collect())
         }
-        Some(RopeScaling::Yarn { truncate: false, .. }) => {
-            Err(Error::Format("GGUF has no YaRN without `truncate` (rope_scaling): expected --format hf".into()))
-        }
-        _ => Ok(None),
+        _ => None,
     }
 }
 
