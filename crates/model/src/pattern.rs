@@ -57,7 +57,7 @@ impl Pattern {
     ///
     /// Widths above `whole`'s are cut to them, missing layers are kept whole.
     #[must_use]
-    pub fn within(genes: Vec<Gene>, whole: &Self) -> Self {
+    pub fn within(genes: &[Gene], whole: &Self) -> Self {
         let gene = |(l, all): (usize, &Gene)| genes.get(l).map_or(*all, |g| Gene { kv_groups: g.kv_groups.min(all.kv_groups), ffn: g.ffn.min(all.ffn) });
         Self { layers: whole.layers.iter().enumerate().map(gene).collect() }
     }

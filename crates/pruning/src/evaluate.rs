@@ -318,14 +318,14 @@ impl Walk<'_> {
     fn run(&mut self) -> Result<()> {
         let hidden = self.supernet.decoder().embed(&self.pack.tokens, &self.pack.batch)?;
         if self.share {
-            let anchors = (0..self.anchors.len()).collect();
-            return self.descend(&hidden, 0, 0..self.patterns.len(), anchors);
+            let anchors: Vec<usize> = (0..self.anchors.len()).collect();
+            return self.descend(&hidden, 0, 0..self.patterns.len(), &anchors);
         }
-        (0..self.patterns.len()).try_for_each(|p| self.descend(&hidden, 0, p..p + 1, Vec::new()))
+        (0..self.patterns.len()).try_for_each(|p| self.descend(&hidden, 0, p..p + 1, &[]))
     }
 
     /// `hidden` is the residual stream before sub-block `s`, common to all patterns of `group`; `anchors` agree with them up to there.
-    fn descend(&mut self, hidden: &Tensor, s: usize, group: Range<usize>, anchors: Vec<usize>) -> Result<()> {
+    fn descend(&mut self, hidden: &Tensor, s: usize, group: Range<usize>, anchors: &[usize]) -> Result<()> {
         let decoder = self.supernet.decoder();
         if s == decoder.last_boundary() {
             let spans = self.pack.batch.spans();
@@ -347,15 +347,13 @@ impl Walk<'_> {
         let prefix = |p: usize| (0..=s).map(|s| self.patterns[p].width(s)).collect::<Vec<_>>();
         let cached: Vec<bool> = runs.iter().map(|(w, run)| *w > 0 && self.cache.contains(self.index, &prefix(run.start))).collect();
         let computed: Vec<usize> = runs.iter().zip(&cached).filter(|((w, _), cached)| *w > 0 && !**cached).map(|((w, _), _)| *w).collect();
-        if let (true, Some(widest)) = (computed.len() > 1, computed.iter().max()) {
-            if let Some(block) = decoder.sub_block(s) {
-                inner = Some(decoder.inner(&block.narrowed(*widest)?, s, hidden, &self.pack.batch, &mut NoCache)?);
-            }
+        if let (true, Some(widest), Some(block)) = (computed.len() > 1, computed.iter().max(), decoder.sub_block(s)) {
+            inner = Some(decoder.inner(&block.narrowed(*widest)?, s, hidden, &self.pack.batch, &mut NoCache)?);
         }
         for (w, run) in runs {
             let agreeing: Vec<usize> = anchors.iter().copied().filter(|a| self.anchors[*a].width(s) == w).collect();
             let Some(block) = self.supernet.sub_block(s, w)? else {
-                self.descend(hidden, s + 1, run, agreeing)?;
+                self.descend(hidden, s + 1, run, &agreeing)?;
                 continue;
             };
             let key = (0..=s).map(|s| self.patterns[run.start].width(s)).collect::<Vec<_>>();
@@ -376,7 +374,7 @@ impl Walk<'_> {
                     after
                 }
             };
-            self.descend(&after, s + 1, run, agreeing)?;
+            self.descend(&after, s + 1, run, &agreeing)?;
         }
         Ok(())
     }

@@ -243,7 +243,7 @@ impl SearchSpace {
                 if s.is_multiple_of(2) { gene.kv_groups = width } else { gene.ffn = width }
             }
         }
-        Pattern::within(genes, &self.dense)
+        Pattern::within(&genes, &self.dense)
     }
 
     /// The genome of a pattern, if it is one of this space's.

@@ -21,7 +21,7 @@ pub(super) fn pattern(widths: &[(usize, usize)]) -> String {
         for layer in 0..layers {
             let (whole, kept) = widths[2 * layer + row];
             let x = 70 + layer * cell;
-            let filled = if whole == 0 { 0 } else { HEIGHT * kept / whole };
+            let filled = (HEIGHT * kept).checked_div(whole).unwrap_or(0);
             let what = match (whole, kept) {
                 (0, _) => "absent in the parent".to_string(),
                 (_, 0) => "removed".to_string(),

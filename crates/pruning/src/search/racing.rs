@@ -35,9 +35,12 @@ pub(super) fn stages(packs: usize) -> Vec<usize> {
     stages
 }
 
+/// Losses of all candidates after the first stage; number and fitness of those that came through.
+pub(super) type Raced = (Vec<f64>, Vec<(usize, Fitness)>);
+
 /// Evaluates candidates stage by stage against an incumbent; those that lose, and all but the best `share` of the stage's, go. Returns the
 /// losses after the first stage of all (for a surrogate), and the fitness over all packs of those that came through.
-pub(super) fn race(evaluator: &mut Evaluator<'_>, candidates: &[Pattern], incumbent: Option<&Pattern>) -> Result<(Vec<f64>, Vec<(usize, Fitness)>)> {
+pub(super) fn race(evaluator: &mut Evaluator<'_>, candidates: &[Pattern], incumbent: Option<&Pattern>) -> Result<Raced> {
     let stages = stages(evaluator.packs());
     let mut running: Vec<usize> = (0..candidates.len()).collect();
     let mut first = Vec::new();

@@ -253,8 +253,11 @@ fn counts(encoded: &[Vec<Vec<u32>>]) -> Vec<u64> {
     counts
 }
 
+/// A file's name and contents.
+type File = (String, Vec<u8>);
+
 /// The files beside the weights, with new ids; and notes of what isn't in them any more.
-fn companions(parent: &Checkpoint, numbers: &Numbers, tokenizer: Value) -> Result<(Vec<(String, Vec<u8>)>, Vec<String>)> {
+fn companions(parent: &Checkpoint, numbers: &Numbers, tokenizer: Value) -> Result<(Vec<File>, Vec<String>)> {
     let (mut companions, mut notes) = (Vec::new(), Vec::new());
     let mut tokenizer = Some(tokenizer);
     for (name, bytes) in parent.tokenizer_files() {

@@ -127,8 +127,8 @@ fn the_first_packs_of_an_evaluation_are_not_computed_again_for_the_rest() {
     };
     let (mut by_parts, mut at_once) = (new(), new());
     assert_eq!(by_parts.packs(), 3);
-    let first = by_parts.evaluate_first(&[dense.clone()], 1).unwrap().remove(0);
-    let whole = by_parts.evaluate(&[dense.clone()]).unwrap().remove(0);
+    let first = by_parts.evaluate_first(std::slice::from_ref(&dense), 1).unwrap().remove(0);
+    let whole = by_parts.evaluate(std::slice::from_ref(&dense)).unwrap().remove(0);
     assert_eq!(whole, at_once.evaluate(&[dense]).unwrap()[0]);
     assert_eq!(whole.segments[..first.segments.len()], first.segments);
     assert_eq!(by_parts.work().block_forwards, at_once.work().block_forwards);

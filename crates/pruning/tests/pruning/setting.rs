@@ -94,7 +94,7 @@ pub fn evaluator<'a>(supernet: &'a Supernet, objective: Objective, savings: Savi
 /// Patterns with drops and partial widths all over the model.
 pub fn patterns(checkpoint: &Checkpoint, kind: Space) -> Vec<Pattern> {
     let space = space(checkpoint, kind, 0.25);
-    let genome = |i: usize| (0..space.units()).map(|u| (((u + 1) * 2_654_435_761 * (i + 3) >> 13) % space.options(u)) as u8).collect::<Vec<_>>();
+    let genome = |i: usize| (0..space.units()).map(|u| ((((u + 1) * 2_654_435_761 * (i + 3)) >> 13) % space.options(u)) as u8).collect::<Vec<_>>();
     (1..13).map(|i| space.pattern(&genome(i))).collect()
 }
 

@@ -171,7 +171,8 @@ fn tokenizers_that_cant_be_cut_are_refused_with_the_reason() {
     let directory = tempfile::tempdir().unwrap();
     let unigram = json!({"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]], "byte_fallback": false});
     let word_piece = json!({"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9, "vocab": {"a": 0}});
-    let cases: [(Box<dyn FnOnce(&mut Value)>, &str); 5] = [
+    type Damage = Box<dyn FnOnce(&mut Value)>;
+    let cases: [(Damage, &str); 5] = [
         (Box::new(|json| json["model"] = unigram), "its model is Unigram: expected byte-level BPE or BPE with byte fallback"),
         (Box::new(|json| json["model"] = word_piece), "its model is WordPiece"),
         (Box::new(|json| json["model"]["dropout"] = json!(0.5)), "`dropout`"),
