@@ -102,7 +102,7 @@ fn a_text_in_the_request_is_what_is_calibrated_on() {
     wait_until(&server, &id, "done");
     assert_eq!(std::fs::read_to_string(data.path().join("jobs").join(&id).join("calibration.txt")).unwrap(), text);
     let run: Value = serde_json::from_slice(&std::fs::read(data.path().join("jobs").join(&id).join("run/run.json")).unwrap()).unwrap();
-    assert!(run["calibration"].as_str().unwrap().ends_with("calibration.txt"), "{run}");
+    assert!(run["calibration"][0].as_str().unwrap().ends_with("calibration.txt"), "{run}");
     assert_eq!(server.get("/v1/models").ok()["data"][0]["evop"]["id"], "base", "not activated unless asked");
 }
 
