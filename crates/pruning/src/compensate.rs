@@ -151,12 +151,13 @@ pub(crate) fn refit_error(gram: &Gram, weight: &Matrix, kept: &[usize], ridge: f
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::normal;
     use evop_model::{Device, Span, Tensor};
 
-    fn correlated(rows: usize, scale: f32) -> Gram {
-        let noise = Tensor::randn(0f32, 1.0, (rows, 6), &Device::Cpu).unwrap();
+    fn correlated(seed: u64, rows: usize, scale: f32) -> Gram {
+        let noise = normal(seed, 0.0, 1.0, (rows, 6));
         let mix = Tensor::from_vec((0..72).map(|i| ((i * 37 % 23) as f32 - 11.0) / 11.0).collect::<Vec<_>>(), (6, 12), &Device::Cpu).unwrap();
-        let own = Tensor::randn(0.5f32, scale, (rows, 12), &Device::Cpu).unwrap();
+        let own = normal(seed + 1, 0.5, scale, (rows, 12));
         let x = (noise.matmul(&mix).unwrap() + own).unwrap();
         let mut gram = Gram::new(12);
         gram.add(&x, &[Span::prompt(rows)]).unwrap();
@@ -170,7 +171,7 @@ mod tests {
 
     #[test]
     fn every_compensation_is_better_than_none_and_refit_is_best_on_its_own_data() {
-        let (data, w) = (Regression::of_layer(correlated(500, 0.3), &weight()), weight());
+        let (data, w) = (Regression::of_layer(correlated(1, 500, 0.3), &weight()), weight());
         let kept: Vec<usize> = (0..8).collect();
         let error = |c: Compensation| data.error(&c.repair(&data, &w, &kept, 1e-8).unwrap(), &kept);
         assert!(error(Compensation::Bias) < error(Compensation::None));
@@ -186,7 +187,7 @@ mod tests {
 
     #[test]
     fn the_error_from_moments_is_the_error_on_the_tokens() {
-        let x = Tensor::randn(0.2f32, 1.0, (50, 12), &Device::Cpu).unwrap();
+        let x = normal(3, 0.2, 1.0, (50, 12));
         let mut gram = Gram::new(12);
         gram.add(&x, &[Span::prompt(50)]).unwrap();
         gram.finish();
@@ -211,8 +212,8 @@ mod tests {
     fn few_tokens_ask_for_a_stronger_ridge_than_many() {
         let w = weight();
         let kept: Vec<usize> = (0..9).collect();
-        let held_out = Regression::of_layer(correlated(4000, 1.0), &w);
-        let chosen = |rows| choose_ridge(&Regression::of_layer(correlated(rows, 1.0), &w), &held_out, &w, &kept).unwrap();
+        let held_out = Regression::of_layer(correlated(10, 4000, 1.0), &w);
+        let chosen = |rows| choose_ridge(&Regression::of_layer(correlated(20, rows, 1.0), &w), &held_out, &w, &kept).unwrap();
         let (few, many) = (chosen(14), chosen(4000));
         assert!(few.0 > many.0, "{few:?} {many:?}");
         assert!(few.1 > many.1);
@@ -221,8 +222,8 @@ mod tests {
     #[test]
     fn nearly_singular_moments_give_finite_weights_that_fit() {
         // channels 6..12 are copies of 0..6 up to one part in a million: a condition number of about 1e12
-        let base = Tensor::randn(0f32, 1.0, (300, 6), &Device::Cpu).unwrap();
-        let jitter = (Tensor::randn(0f32, 1.0, (300, 6), &Device::Cpu).unwrap() * 1e-6).unwrap();
+        let base = normal(4, 0.0, 1.0, (300, 6));
+        let jitter = normal(5, 0.0, 1e-6, (300, 6));
         let x = Tensor::cat(&[&base, &(&base + jitter).unwrap()], 1).unwrap();
         let mut gram = Gram::new(12);
         gram.add(&x, &[Span::prompt(300)]).unwrap();

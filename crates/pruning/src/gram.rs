@@ -1,12 +1,15 @@
 //! Second-order statistics of activations, streamed: what importance and compensation are computed from.
 
+use crate::linalg::{self, Matrix};
 use crate::{Error, Result};
-use evop_model::{Span, Tensor, kernels};
+use evop_model::{Span, Tensor};
+use rayon::prelude::*;
 
-/// Columns of X^T X that are computed together: only blocks on and above the diagonal are.
-const PANEL: usize = 256;
+/// Columns of X^T X that are computed together, on one thread: only blocks on and above the diagonal are.
+const PANEL: usize = 128;
 
-/// Sums over the rows (tokens) of activations X [tokens, size]; products are computed in f32 a chunk at a time and added up in f64.
+/// Sums over the rows (tokens) of activations X [tokens, size], all in f64: a product rounded to f32 can leave X^T X indefinite by more than a small
+/// ridge repairs, where a few massive activations carry most of its trace.
 #[derive(Debug, Clone)]
 pub struct Gram {
     /// X^T X, row-major, both triangles.
@@ -38,18 +41,17 @@ impl Gram {
     /// [`Error::Activations`] when a value is not finite.
     pub fn add(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
         let size = self.size();
-        let transposed = x.t()?.contiguous()?;
-        for start in (0..size).step_by(PANEL) {
-            let panel = transposed.narrow(0, start, PANEL.min(size - start))?;
-            let rest = transposed.narrow(0, start, size - start)?;
-            let block = kernels::matmul::linear(&panel, &rest)?.to_vec2::<f32>()?;
-            for (i, row) in block.iter().enumerate() {
-                for (j, value) in row.iter().enumerate().skip(i) {
-                    self.products[(start + i) * size + start + j] += f64::from(*value);
+        let values = x.to_vec2::<f32>()?;
+        let wide = Matrix::from_fn(values.len(), size, |i, j| f64::from(values[i][j]));
+        self.products.par_chunks_mut(PANEL * size).enumerate().for_each(|(panel, rows)| {
+            let start = panel * PANEL;
+            let block = linalg::cross_products(&wide, start, rows.len() / size);
+            for (i, row) in rows.chunks_mut(size).enumerate() {
+                for j in i..size - start {
+                    row[start + j] += block[(i, j)];
                 }
             }
-        }
-        let values = x.to_vec2::<f32>()?;
+        });
         let mut row = 0;
         for span in spans {
             let mut squares = vec![0f64; size];
@@ -110,11 +112,11 @@ impl Gram {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use evop_model::Device;
+    use crate::testing::normal;
 
     #[test]
     fn sums_equal_plain_loops_over_chunks() {
-        let x = Tensor::randn(0.3f32, 1.0, (10, 300), &Device::Cpu).unwrap();
+        let x = normal(1, 0.3, 1.0, (10, 300));
         let mut gram = Gram::new(300);
         gram.add(&x.narrow(0, 0, 6).unwrap(), &[Span::prompt(2), Span::prompt(4)]).unwrap();
         gram.add(&x.narrow(0, 6, 4).unwrap(), &[Span::prompt(4)]).unwrap();

@@ -30,6 +30,8 @@ pub mod space;
 mod storage;
 mod stream;
 pub mod supernet;
+#[cfg(test)]
+mod testing;
 pub mod vocabulary;
 
 pub use embed::{Embedder, HiddenStates, SentenceTransformer};

@@ -39,6 +39,14 @@ pub(crate) fn product(a: &Matrix, b: &Matrix) -> Matrix {
     out
 }
 
+/// The rows `start..start + count` of X^T X, from column `start` on.
+pub(crate) fn cross_products(x: &Matrix, start: usize, count: usize) -> Matrix {
+    let mut out = Matrix::zeros(count, x.ncols() - start);
+    let (left, right) = (x.subcols(start, count), x.subcols(start, x.ncols() - start));
+    matmul(out.as_mut(), Accum::Replace, left.transpose(), right, 1.0, Par::Seq);
+    out
+}
+
 /// Removes inputs `p` from a least squares problem: W -= W_p (H^-1_pp)^-1 H^-1_p, and H^-1 -= H^-1_p^T (H^-1_pp)^-1 H^-1_p.
 /// The rows and columns of `p` become zero (their diagonal stays out of use).
 pub(crate) fn downdate(inverse: &mut Matrix, w: &mut Matrix, p: &[usize]) -> Result<()> {

@@ -82,6 +82,7 @@ mod tests {
     use super::*;
     use crate::budget::{Budget, Resource};
     use crate::space::{Grid, Space, SpaceOptions};
+    use crate::testing::normal;
     use evop_model::Config;
 
     fn likeness(x: &Tensor, y: &Tensor) -> f64 {
@@ -93,12 +94,12 @@ mod tests {
 
     #[test]
     fn cka_sees_neither_rotation_nor_scale_nor_offset_and_tells_others_apart() {
-        let x = Tensor::randn(0f32, 1.0, (200, 4), &Device::Cpu).unwrap();
+        let x = normal(1, 0.0, 1.0, (200, 4));
         assert!((likeness(&x, &x) - 1.0).abs() < 1e-6);
         let rotation = Tensor::new(&[[0.6f32, 0.8, 0.0, 0.0], [-0.8, 0.6, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0]], &Device::Cpu).unwrap();
         let turned = ((x.matmul(&rotation).unwrap() * 3.0).unwrap() + 5.0).unwrap();
         assert!((likeness(&x, &turned) - 1.0).abs() < 1e-4);
-        let other = Tensor::randn(0f32, 1.0, (200, 4), &Device::Cpu).unwrap();
+        let other = normal(2, 0.0, 1.0, (200, 4));
         assert!(likeness(&x, &other) < 0.2);
         // by hand: x = (-1, 0, 1), y = (1, -2, 1) have x . y = 0; z = (-1, -1, 2) has (x . z)^2 / (|x|^2 |z|^2) = 9 / 12
         let column = |v: [f32; 3]| Tensor::new(&v, &Device::Cpu).unwrap().reshape((3, 1)).unwrap();
