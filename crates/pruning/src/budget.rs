@@ -105,6 +105,16 @@ impl Costs {
         Ok(Self { budgets: budgets.to_vec(), tables })
     }
 
+    /// The same costs under another first budget.
+    #[must_use]
+    pub fn with_first_budget(&self, keep: f64) -> Self {
+        let mut costs = self.clone();
+        if let Some(first) = costs.budgets.first_mut() {
+            first.keep = keep;
+        }
+        costs
+    }
+
     /// The budgets.
     pub fn budgets(&self) -> &[Budget] {
         &self.budgets

@@ -132,6 +132,9 @@ pub struct Calibration {
     pub cluster_sizes: Vec<usize>,
     /// The chunks in a plane (the two principal components of their vectors).
     pub picture: Vec<Point>,
+    /// The chunks' vectors, where they were embedded in this process.
+    #[serde(skip)]
+    pub vectors: Vec<Vec<f64>>,
     /// The sequences that patterns are scored on.
     pub sequences: Vec<Sequence>,
     /// More sequences for statistics; those above are part of them.
@@ -239,7 +242,7 @@ impl Calibration {
             )));
         }
         let clusters = if options.mixing == Mixing::Random { 1 } else { options.clusters.min(chunks.len()) };
-        let mut picture = Vec::new();
+        let (mut picture, mut embedded) = (Vec::new(), Vec::new());
         let assignment = if clusters == 1 {
             vec![0; chunks.len()]
         } else {
@@ -249,6 +252,7 @@ impl Calibration {
             let assignment = cluster(&vectors, clusters, options.seed)?;
             let plane = projection::plane(&vectors);
             picture = plane.into_iter().zip(&assignment).map(|((x, y), cluster)| Point { x, y, cluster: *cluster }).collect();
+            embedded = vectors;
             assignment
         };
         let mut members: Vec<Vec<usize>> = vec![Vec::new(); clusters];
@@ -285,6 +289,7 @@ impl Calibration {
             corpora,
             cluster_sizes: members.iter().map(Vec::len).collect(),
             picture,
+            vectors: embedded,
             sequences,
             statistics,
             held_out,
@@ -294,6 +299,12 @@ impl Calibration {
     /// What patterns are scored on.
     pub fn samples(&self) -> Vec<Sample> {
         samples(&self.sequences)
+    }
+
+    /// Up to `most` sequences of one cluster: those for statistics, which begin with the scored ones.
+    pub fn cluster_samples(&self, cluster: usize, most: usize) -> Vec<Sample> {
+        let sequences = if self.statistics.is_empty() { &self.sequences } else { &self.statistics };
+        samples(sequences).into_iter().filter(|s| s.cluster == cluster).take(most).collect()
     }
 
     /// What a choice among finished patterns is made on; the scored sequences where nothing could be held out.

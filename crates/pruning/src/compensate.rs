@@ -1,7 +1,7 @@
 //! Compensation: closed-form repair of an output layer (`o_proj`, `down_proj`) that lost some of its inputs. No training.
 
 use crate::Result;
-use crate::gram::Gram;
+use crate::gram::{Cross, Gram};
 use crate::linalg::{self, Matrix};
 use crate::names::named;
 use serde::{Deserialize, Serialize};
@@ -22,30 +22,62 @@ pub enum Compensation {
 
 named!(Compensation, "none" => Compensation::None, "bias" => Compensation::Bias, "refit" => Compensation::Refit, "rotate" => Compensation::Rotate);
 
+/// How what remains makes up for a whole sub-block that is skipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SkipCompensation {
+    /// Not at all.
+    None,
+    /// The residual stream is scaled by what the sub-block did to its magnitude (Prune&Comp, arXiv 2507.18212, eq. 4).
+    Scale,
+    /// The sub-block kept before it learns to give the missing update too: its output layer is refitted with that update added to its target
+    /// (the normal equations of ReplaceMe, arXiv 2505.02819, section 3, solved for the whole output layer).
+    Linear,
+}
+
+named!(SkipCompensation, "none" => SkipCompensation::None, "scale" => SkipCompensation::Scale, "linear" => SkipCompensation::Linear);
+
 /// Ridge strengths that are tried, relative to the mean diagonal of X^T X.
 pub(crate) const RIDGES: [f64; 5] = [1e-4, 1e-3, 1e-2, 1e-1, 1.0];
 
-/// Sums over tokens of a linear layer's inputs x and of the targets y that it should give: all that least squares needs to know.
+/// Sums over tokens of a linear layer's inputs x and of what it should give.
 #[derive(Debug, Clone)]
 pub(crate) struct Regression {
     pub gram: Gram,
+    /// What the layer itself gives; and that with the updates of one, two, … following sub-blocks added.
+    pub targets: Vec<Target>,
+}
+
+/// All that least squares needs to know of a target y.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
     /// X^T Y, [inputs, outputs].
     pub cross: Matrix,
     /// Sum of y, [outputs].
-    pub target_sums: Vec<f64>,
+    pub sums: Vec<f64>,
     /// Sum of |y|^2.
     pub energy: f64,
 }
 
 impl Regression {
-    /// Targets are what the full weight [outputs, inputs] gives on the same inputs.
-    pub fn of_layer(gram: Gram, weight: &Matrix) -> Self {
-        let size = gram.size();
+    /// Targets are what the full weight [outputs, inputs] gives on the same inputs, and that with each of `following` added: updates of later
+    /// sub-blocks on the same tokens.
+    pub fn of_layer(gram: Gram, weight: &Matrix, following: &[Cross]) -> Self {
+        let (size, outputs) = (gram.size(), weight.nrows());
         let h = Matrix::from_fn(size, size, |i, j| gram.products[i * size + j]);
         let cross = linalg::product(&h, &weight.transpose().to_owned());
-        let energy = (0..weight.nrows()).flat_map(|o| (0..size).map(move |j| (o, j))).map(|(o, j)| weight[(o, j)] * cross[(j, o)]).sum();
-        let target_sums = (0..weight.nrows()).map(|o| (0..size).map(|j| weight[(o, j)] * gram.sums[j]).sum()).collect();
-        Self { gram, cross, target_sums, energy }
+        let at = || (0..outputs).flat_map(move |o| (0..size).map(move |j| (o, j)));
+        let energy = at().map(|(o, j)| weight[(o, j)] * cross[(j, o)]).sum();
+        let sums = (0..outputs).map(|o| (0..size).map(|j| weight[(o, j)] * gram.sums[j]).sum()).collect();
+        let own = Target { cross, sums, energy };
+        let with = |more: &Cross| Target {
+            cross: Matrix::from_fn(size, outputs, |j, o| own.cross[(j, o)] + more.products[j * outputs + o]),
+            sums: own.sums.iter().zip(&more.sums).map(|(a, b)| a + b).collect(),
+            energy: own.energy + more.energy + 2.0 * at().map(|(o, j)| weight[(o, j)] * more.products[j * outputs + o]).sum::<f64>(),
+        };
+        let mut targets: Vec<Target> = following.iter().map(with).collect();
+        targets.insert(0, own);
+        Self { gram, targets }
     }
 
     /// H over the kept inputs with `damping` on its diagonal.
@@ -54,29 +86,30 @@ impl Regression {
         Matrix::from_fn(kept.len(), kept.len(), |i, j| self.gram.products[kept[i] * size + kept[j]] + if i == j { damping } else { 0.0 })
     }
 
-    /// The squared error that a repaired layer makes on these tokens, relative to the targets' energy.
-    pub fn error(&self, repaired: &Repaired, kept: &[usize]) -> f64 {
-        let w = &repaired.weight;
+    /// The squared error that a repaired layer makes of a target on these tokens, relative to the target's energy.
+    pub fn error(&self, target: usize, repaired: &Repaired, kept: &[usize]) -> f64 {
+        let (w, target) = (&repaired.weight, &self.targets[target]);
         let wh = linalg::product(w, &self.kept_products(kept, 0.0));
-        let mut error = self.energy;
+        let mut error = target.energy;
         for o in 0..w.nrows() {
             for (i, j) in kept.iter().enumerate() {
-                error += w[(o, i)] * (wh[(o, i)] - 2.0 * self.cross[(*j, o)]);
+                error += w[(o, i)] * (wh[(o, i)] - 2.0 * target.cross[(*j, o)]);
             }
         }
         if let Some(bias) = &repaired.bias {
             for (o, b) in bias.iter().enumerate() {
                 let given: f64 = kept.iter().enumerate().map(|(i, j)| w[(o, i)] * self.gram.sums[*j]).sum();
-                error += b * (self.gram.rows as f64 * b - 2.0 * (self.target_sums[o] - given));
+                error += b * (self.gram.rows as f64 * b - 2.0 * (target.sums[o] - given));
             }
         }
-        error / self.energy.max(f64::MIN_POSITIVE)
+        error / target.energy.max(f64::MIN_POSITIVE)
     }
 
-    /// The ridge solution over the kept inputs, shrunk towards `prior` [outputs, kept].
-    pub fn ridge(&self, kept: &[usize], prior: &Matrix, strength: f64) -> Result<Matrix> {
+    /// The ridge solution for a target over the kept inputs, shrunk towards `prior` [outputs, kept].
+    pub fn ridge(&self, target: usize, kept: &[usize], prior: &Matrix, strength: f64) -> Result<Matrix> {
         let damping = (strength * self.gram.mean_square()).max(f64::MIN_POSITIVE);
-        let right = Matrix::from_fn(kept.len(), prior.nrows(), |i, o| self.cross[(kept[i], o)] + damping * prior[(o, i)]);
+        let cross = &self.targets[target].cross;
+        let right = Matrix::from_fn(kept.len(), prior.nrows(), |i, o| cross[(kept[i], o)] + damping * prior[(o, i)]);
         Ok(linalg::solve_spd(&self.kept_products(kept, damping), &right)?.transpose().to_owned())
     }
 }
@@ -110,9 +143,9 @@ impl Compensation {
                 let removed = |o: usize| (0..is_kept.len()).filter(|j| !is_kept[*j]).map(|j| weight[(o, j)] * data.gram.mean(j)).sum();
                 Repaired { bias: Some((0..weight.nrows()).map(removed).collect()), weight: raw }
             }
-            Self::Refit => Repaired { weight: data.ridge(kept, &raw, ridge)?, bias: None },
+            Self::Refit => Repaired { weight: data.ridge(0, kept, &raw, ridge)?, bias: None },
             Self::Rotate => {
-                let kept_cross = Matrix::from_fn(kept.len(), weight.nrows(), |i, o| data.cross[(kept[i], o)]);
+                let kept_cross = Matrix::from_fn(kept.len(), weight.nrows(), |i, o| data.targets[0].cross[(kept[i], o)]);
                 // Y Y'^T with Y' = W_kept X_kept
                 let outputs = linalg::product(&raw, &kept_cross).transpose().to_owned();
                 let (rotation, trace) = linalg::nearest_rotation(&outputs)?;
@@ -126,13 +159,13 @@ impl Compensation {
     }
 }
 
-/// The ridge strength of least error on held-out tokens, and that error.
-pub(crate) fn choose_ridge(train: &Regression, held_out: &Regression, weight: &Matrix, kept: &[usize]) -> Result<(f64, f64)> {
+/// The ridge strength of least error for a target on held-out tokens, and that error.
+pub(crate) fn choose_ridge(train: &Regression, held_out: &Regression, target: usize, weight: &Matrix, kept: &[usize]) -> Result<(f64, f64)> {
     let prior = columns(weight, kept);
     let mut best = (RIDGES[0], f64::INFINITY);
     for strength in RIDGES {
-        let repaired = Repaired { weight: train.ridge(kept, &prior, strength)?, bias: None };
-        let error = held_out.error(&repaired, kept);
+        let repaired = Repaired { weight: train.ridge(target, kept, &prior, strength)?, bias: None };
+        let error = held_out.error(target, &repaired, kept);
         if error < best.1 {
             best = (strength, error);
         }
@@ -143,9 +176,9 @@ pub(crate) fn choose_ridge(train: &Regression, held_out: &Regression, weight: &M
 /// Relative error of a refit on its own data, for tests of importance orders.
 #[cfg(test)]
 pub(crate) fn refit_error(gram: &Gram, weight: &Matrix, kept: &[usize], ridge: f64) -> Result<f64> {
-    let data = Regression::of_layer(gram.clone(), weight);
+    let data = Regression::of_layer(gram.clone(), weight, &[]);
     let repaired = Compensation::Refit.repair(&data, weight, kept, ridge)?;
-    Ok(data.error(&repaired, kept))
+    Ok(data.error(0, &repaired, kept))
 }
 
 #[cfg(test)]
@@ -171,9 +204,9 @@ mod tests {
 
     #[test]
     fn every_compensation_is_better_than_none_and_refit_is_best_on_its_own_data() {
-        let (data, w) = (Regression::of_layer(correlated(1, 500, 0.3), &weight()), weight());
+        let (data, w) = (Regression::of_layer(correlated(1, 500, 0.3), &weight(), &[]), weight());
         let kept: Vec<usize> = (0..8).collect();
-        let error = |c: Compensation| data.error(&c.repair(&data, &w, &kept, 1e-8).unwrap(), &kept);
+        let error = |c: Compensation| data.error(0, &c.repair(&data, &w, &kept, 1e-8).unwrap(), &kept);
         assert!(error(Compensation::Bias) < error(Compensation::None));
         assert!(error(Compensation::Rotate) < error(Compensation::None));
         for other in [Compensation::None, Compensation::Rotate] {
@@ -181,7 +214,7 @@ mod tests {
         }
         let all: Vec<usize> = (0..12).collect();
         for c in Compensation::ALL {
-            assert!(data.error(&c.repair(&data, &w, &all, 1e-2).unwrap(), &all).abs() < 1e-9, "{c}: nothing removed, nothing lost");
+            assert!(data.error(0, &c.repair(&data, &w, &all, 1e-2).unwrap(), &all).abs() < 1e-9, "{c}: nothing removed, nothing lost");
         }
     }
 
@@ -192,7 +225,7 @@ mod tests {
         gram.add(&x, &[Span::prompt(50)]).unwrap();
         gram.finish();
         let (w, kept) = (weight(), vec![0, 3, 4, 8, 11]);
-        let data = Regression::of_layer(gram, &w);
+        let data = Regression::of_layer(gram, &w, &[]);
         for c in Compensation::ALL {
             let repaired = c.repair(&data, &w, &kept, 1e-2).unwrap();
             let (mut error, mut energy) = (0.0, 0.0);
@@ -204,7 +237,7 @@ mod tests {
                     energy += y * y;
                 }
             }
-            assert!((data.error(&repaired, &kept) - error / energy).abs() < 1e-5, "{c}");
+            assert!((data.error(0, &repaired, &kept) - error / energy).abs() < 1e-5, "{c}");
         }
     }
 
@@ -212,8 +245,8 @@ mod tests {
     fn few_tokens_ask_for_a_stronger_ridge_than_many() {
         let w = weight();
         let kept: Vec<usize> = (0..9).collect();
-        let held_out = Regression::of_layer(correlated(10, 4000, 1.0), &w);
-        let chosen = |rows| choose_ridge(&Regression::of_layer(correlated(20, rows, 1.0), &w), &held_out, &w, &kept).unwrap();
+        let held_out = Regression::of_layer(correlated(10, 4000, 1.0), &w, &[]);
+        let chosen = |rows| choose_ridge(&Regression::of_layer(correlated(20, rows, 1.0), &w, &[]), &held_out, 0, &w, &kept).unwrap();
         let (few, many) = (chosen(14), chosen(4000));
         assert!(few.0 > many.0, "{few:?} {many:?}");
         assert!(few.1 > many.1);
@@ -229,11 +262,11 @@ mod tests {
         gram.add(&x, &[Span::prompt(300)]).unwrap();
         gram.finish();
         let w = weight();
-        let data = Regression::of_layer(gram, &w);
+        let data = Regression::of_layer(gram, &w, &[]);
         let kept: Vec<usize> = (0..6).chain([7, 9]).collect();
         let repaired = Compensation::Refit.repair(&data, &w, &kept, 1e-8).unwrap();
         let norm: f64 = (0..5).flat_map(|o| (0..8).map(move |i| (o, i))).map(|at| repaired.weight[at].powi(2)).sum::<f64>().sqrt();
         assert!(norm.is_finite() && norm < 50.0, "{norm}");
-        assert!(data.error(&repaired, &kept) < 1e-6, "copies stand in for what went");
+        assert!(data.error(0, &repaired, &kept) < 1e-6, "copies stand in for what went");
     }
 }

@@ -11,6 +11,7 @@
 
 mod look;
 
+use crate::levels::Level;
 use crate::loss::{self, Reference};
 use crate::objective::{Fitness, FitnessKind, Objective, Segment};
 use crate::pack::pack;
@@ -213,7 +214,7 @@ impl<'a> Evaluator<'a> {
         let wanted: usize = self.packs[..packs].iter().map(|p| p.segments.len()).sum();
         let known = |memo: &HashMap<Pattern, Vec<f64>>, p: &Pattern| memo.get(p).map_or(0, Vec::len);
         let mut new: Vec<Pattern> = patterns.iter().filter(|p| known(&self.memo, p) < wanted).cloned().collect();
-        // sorted by genes, patterns with a common start lie side by side: the sorted list is the trie
+        // sorted by genes, patterns with a common start lie side by side, those that skip next first: the sorted list is the trie
         new.sort_unstable();
         if self.savings.memo {
             new.dedup();
@@ -286,7 +287,10 @@ impl<'a> Evaluator<'a> {
             let mut hidden = decoder.embed(&pack.tokens, &pack.batch)?;
             let mut forwards = 0;
             for s in 0..decoder.last_boundary() {
-                let Some(block) = self.supernet.sub_block(s, pattern.width(s))? else { continue };
+                let Some(block) = self.supernet.sub_block(s, self.supernet.level(pattern, s))? else {
+                    hidden = self.supernet.skip(s, &hidden)?;
+                    continue;
+                };
                 let after = decoder.device().with_context(|| decoder.apply(&block, s, &hidden, &pack.batch, &mut NoCache))?;
                 visit(s, &hidden, &after)?;
                 hidden = after;
@@ -334,36 +338,39 @@ impl Walk<'_> {
             group.for_each(|p| self.losses[p].clone_from(&means));
             return Ok(());
         }
-        let width = |p: usize| self.patterns[p].width(s);
-        let mut runs: Vec<(usize, Range<usize>)> = Vec::new();
+        let level = |p: usize| self.supernet.level(self.patterns[p], s);
+        let mut runs: Vec<(Level, Range<usize>)> = Vec::new();
         for p in group {
             match runs.last_mut() {
-                Some((w, run)) if *w == width(p) => run.end = p + 1,
-                _ => runs.push((width(p), p..p + 1)),
+                Some((l, run)) if *l == level(p) => run.end = p + 1,
+                _ => runs.push((level(p), p..p + 1)),
             }
         }
         // what lies before the output layer is computed once, at the largest width that has to be computed
         let mut inner: Option<Tensor> = None;
-        let prefix = |p: usize| (0..=s).map(|s| self.patterns[p].width(s)).collect::<Vec<_>>();
-        let cached: Vec<bool> = runs.iter().map(|(w, run)| *w > 0 && self.cache.contains(self.index, &prefix(run.start))).collect();
-        let computed: Vec<usize> = runs.iter().zip(&cached).filter(|((w, _), cached)| *w > 0 && !**cached).map(|((w, _), _)| *w).collect();
+        let key = |level: &Level, run: &Range<usize>| {
+            let widths = (0..=s).map(|s| self.patterns[run.start].width(s));
+            widths.chain(std::iter::once(level.absorbed)).collect::<Vec<_>>()
+        };
+        let keys: Vec<Vec<usize>> = runs.iter().map(|(level, run)| key(level, run)).collect();
+        let is_computed = |((level, _), key): &(&(Level, Range<usize>), &Vec<usize>)| level.width > 0 && !self.cache.contains(self.index, key);
+        let computed: Vec<usize> = runs.iter().zip(&keys).filter(is_computed).map(|((level, _), _)| level.width).collect();
         if let (true, Some(widest), Some(block)) = (computed.len() > 1, computed.iter().max(), decoder.sub_block(s)) {
             inner = Some(decoder.inner(&block.narrowed(*widest)?, s, hidden, &self.pack.batch, &mut NoCache)?);
         }
-        for (w, run) in runs {
-            let agreeing: Vec<usize> = anchors.iter().copied().filter(|a| self.anchors[*a].width(s) == w).collect();
-            let Some(block) = self.supernet.sub_block(s, w)? else {
-                self.descend(hidden, s + 1, run, &agreeing)?;
+        for ((level, run), key) in runs.into_iter().zip(keys) {
+            let agreeing: Vec<usize> = anchors.iter().copied().filter(|a| self.supernet.level(&self.anchors[*a], s) == level).collect();
+            let Some(block) = self.supernet.sub_block(s, level)? else {
+                self.descend(&self.supernet.skip(s, hidden)?, s + 1, run, &agreeing)?;
                 continue;
             };
-            let key = (0..=s).map(|s| self.patterns[run.start].width(s)).collect::<Vec<_>>();
             let after = match self.cache.get(self.index, &key) {
                 Some(known) => known,
                 None => {
                     self.block_forwards += self.pack.batch.spans().len();
                     let after = match &inner {
                         Some(inner) => {
-                            let own = inner.narrow(1, 0, w * block.unit())?;
+                            let own = inner.narrow(1, 0, level.width * block.unit())?;
                             decoder.add(&block, hidden, &block.output().forward(&own)?)?
                         }
                         None => decoder.apply(&block, s, hidden, &self.pack.batch, &mut NoCache)?,

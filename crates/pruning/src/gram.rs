@@ -2,7 +2,7 @@
 
 use crate::linalg::{self, Matrix};
 use crate::{Error, Result};
-use evop_model::{Span, Tensor};
+use evop_model::{DType, Span, Tensor};
 use rayon::prelude::*;
 
 /// Columns of X^T X that are computed together, on one thread: only blocks on and above the diagonal are.
@@ -41,7 +41,7 @@ impl Gram {
     /// [`Error::Activations`] when a value is not finite.
     pub fn add(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
         let size = self.size();
-        let values = x.to_vec2::<f32>()?;
+        let values = x.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let wide = Matrix::from_fn(values.len(), size, |i, j| f64::from(values[i][j]));
         self.products.par_chunks_mut(PANEL * size).enumerate().for_each(|(panel, rows)| {
             let start = panel * PANEL;
@@ -106,6 +106,46 @@ impl Gram {
     /// Bytes held.
     pub fn bytes(size: usize) -> usize {
         (size * size + 2 * size) * size_of::<f64>()
+    }
+}
+
+/// Sums over the rows of X [tokens, size] and Y [tokens, outputs], in f64.
+#[derive(Debug, Clone)]
+pub(crate) struct Cross {
+    /// X^T Y, row-major.
+    pub products: Vec<f64>,
+    /// Sum of the rows of Y.
+    pub sums: Vec<f64>,
+    /// Sum of |y|^2.
+    pub energy: f64,
+}
+
+impl Cross {
+    /// Nothing seen yet.
+    pub fn new(size: usize, outputs: usize) -> Self {
+        Self { products: vec![0.0; size * outputs], sums: vec![0.0; outputs], energy: 0.0 }
+    }
+
+    /// Adds rows.
+    pub fn add(&mut self, x: &Tensor, y: &Tensor) -> Result<()> {
+        let outputs = self.sums.len();
+        let (x, y) = (linalg::from_tensor(x)?, linalg::from_tensor(y)?);
+        self.products.par_chunks_mut(PANEL * outputs).enumerate().for_each(|(panel, rows)| {
+            let block = linalg::product(&x.subcols(panel * PANEL, rows.len() / outputs).transpose().to_owned(), &y);
+            for (i, row) in rows.chunks_mut(outputs).enumerate() {
+                row.iter_mut().enumerate().for_each(|(o, sum)| *sum += block[(i, o)]);
+            }
+        });
+        for (o, sum) in self.sums.iter_mut().enumerate() {
+            *sum += y.col(o).iter().sum::<f64>();
+            self.energy += y.col(o).iter().map(|v| v * v).sum::<f64>();
+        }
+        Ok(())
+    }
+
+    /// Bytes held.
+    pub fn bytes(size: usize, outputs: usize) -> usize {
+        (size * outputs + outputs) * size_of::<f64>()
     }
 }
 

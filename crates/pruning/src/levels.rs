@@ -3,13 +3,13 @@
 //! Built once per model and calibration, a file a sub-block, written atomically; what is there already is checked against its
 //! checksum and not built again. The search scores these weights, not raw ones; they are mapped, so that memory holds what is in use.
 
-use crate::compensate::{self, Compensation, Regression, Repaired, choose_ridge};
-use crate::gram::Gram;
+use crate::compensate::{self, Compensation, Regression, Repaired, SkipCompensation, choose_ridge};
+use crate::gram::{Cross, Gram};
 use crate::importance::Importance;
 use crate::linalg::{self, Matrix};
-use crate::stream::Stream;
+use crate::stream::{Passage, Stream};
 use crate::{Error, Result, storage};
-use evop_model::{DType, Decoder, Linear, Source, Tensor, TensorNames};
+use evop_model::{DType, Decoder, Linear, NoCache, Source, SubBlock, Tensor, TensorNames};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
@@ -24,7 +24,21 @@ pub struct LevelOptions {
     pub importance: Option<Importance>,
     /// The repair of what stays.
     pub compensation: Option<Compensation>,
+    /// How skipped sub-blocks are made up for.
+    pub skips: Option<SkipCompensation>,
 }
+
+/// What a sub-block is asked to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Level {
+    /// Groups or channels kept; 0: skipped.
+    pub width: usize,
+    /// Skipped sub-blocks right after it whose updates its output layer gives too.
+    pub absorbed: usize,
+}
+
+/// Skipped sub-blocks in a row that one output layer stands in for at most: a whole layer.
+const MOST_ABSORBED: usize = 2;
 
 /// What a database was built from; each has a directory of its own in a store.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +51,8 @@ pub struct LevelKey {
     pub options: LevelOptions,
     /// Partial widths of every sub-block, ascending.
     pub widths: Vec<Vec<usize>>,
+    /// Whether some pattern skips a sub-block.
+    pub skippable: Vec<bool>,
 }
 
 impl LevelKey {
@@ -45,6 +61,20 @@ impl LevelKey {
         let json = serde_json::to_vec(self).map_err(|e| Error::io(Path::new(KEY), e.into()))?;
         Ok(sha256(&json)[..16].to_string())
     }
+
+    /// The sub-blocks after `s` whose updates its output layer may have to give: the next ones that can be skipped in a row.
+    fn followers(&self, decoder: &Decoder, s: usize) -> Vec<usize> {
+        if !matches!(self.options.skips, None | Some(SkipCompensation::Linear)) || !decoder.config().pre_norm {
+            return Vec::new();
+        }
+        let present = (s + 1..decoder.last_boundary()).filter(|t| decoder.sub_block(*t).is_some());
+        present.take_while(|t| self.skippable[*t]).take(MOST_ABSORBED).collect()
+    }
+
+    /// Whether the scale that stands in for `s` is asked for.
+    fn wants_scale(&self, decoder: &Decoder, s: usize) -> bool {
+        matches!(self.options.skips, None | Some(SkipCompensation::Scale)) && decoder.config().pre_norm && self.skippable[s]
+    }
 }
 
 /// What was chosen for one sub-block, and how well it does.
@@ -52,18 +82,49 @@ impl LevelKey {
 pub struct LevelReport {
     /// Sub-block.
     pub sub_block: usize,
-    /// Units, the most important first.
+    /// Units, the most important first; empty where they keep their places.
     pub order: Vec<usize>,
     /// The importance that gave the order.
     pub importance: Importance,
-    /// The repair.
+    /// The repair of partial widths.
     pub compensation: Compensation,
-    /// Ridge strength, relative to the mean diagonal of X^T X.
-    pub ridge: f64,
-    /// Per width: squared error of the sub-block's update on held-out activations, relative to the update's energy; raw and repaired.
-    pub errors: BTreeMap<usize, (f64, f64)>,
+    /// Every output layer but the parent's own.
+    pub levels: Vec<LevelError>,
+    /// The scale that can stand in for the whole sub-block.
+    pub scale: Option<Scale>,
     /// SHA-256 of the sub-block's file.
     sha256: String,
+}
+
+/// How well one level does on held-out activations: squared errors relative to the energy of the update that it should give.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LevelError {
+    /// Which.
+    pub level: Level,
+    /// Ridge strength, relative to the mean diagonal of X^T X.
+    pub ridge: f64,
+    /// Without this repair: the raw weights, or those that absorb nothing.
+    pub raw: f64,
+    /// With it.
+    pub repaired: f64,
+    /// What is missing of the absorbed updates, relative to their own energy (1: all).
+    pub missing: Option<f64>,
+}
+
+impl LevelError {
+    /// Whether the repair is used: one that absorbs updates is only where it errs less than leaving them out.
+    fn is_used(&self) -> bool {
+        self.level.absorbed == 0 || self.repaired < self.raw
+    }
+}
+
+/// The factor of the residual stream that stands in for a skipped sub-block.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Scale {
+    /// The mean over channels of ||after||_1 / ||before||_1.
+    pub factor: f64,
+    /// What is missing of the update, relative to its energy, on held-out activations.
+    pub missing: f64,
 }
 
 /// Orders and repaired output layers of one model.
@@ -71,6 +132,7 @@ pub struct LevelReport {
 pub struct Levels {
     directory: PathBuf,
     reports: BTreeMap<usize, LevelReport>,
+    skips: SkipCompensation,
     /// Bytes of statistics and of the residual stream while it was built.
     pub peak_statistics_bytes: usize,
 }
@@ -101,62 +163,99 @@ impl Levels {
         if !directory.join(KEY).exists() {
             storage::write_json(&directory.join(KEY), key)?;
         }
-        let mut levels = Self { directory: directory.to_path_buf(), reports: BTreeMap::new(), peak_statistics_bytes: 0 };
-        let partial = |s: usize| !key.widths[s].is_empty();
-        let last = (0..key.widths.len()).rev().find(|s| partial(*s));
+        let none = SkipCompensation::None;
+        let mut levels = Self { directory: directory.to_path_buf(), reports: BTreeMap::new(), skips: none, peak_statistics_bytes: 0 };
+        let wanted = |s: usize| !key.widths[s].is_empty() || !key.followers(decoder, s).is_empty() || key.wants_scale(decoder, s);
+        let last = (0..key.widths.len()).rev().find(|s| wanted(*s));
         let (mut train, mut held_out) = (Stream::embed(decoder, train)?, Stream::embed(decoder, held_out)?);
         for s in 0..last.map_or(0, |l| l + 1) {
             on(s, key.widths.len())?;
             let Some(block) = decoder.sub_block(s) else { continue };
             let known = levels.read_report(s)?;
-            if !partial(s) || known.is_some() {
-                train.advance(decoder, block, s, |_, _| Ok(()))?;
-                held_out.advance(decoder, block, s, |_, _| Ok(()))?;
+            if !wanted(s) || known.is_some() {
+                train.advance(decoder, block, s, |_| Ok(()))?;
+                held_out.advance(decoder, block, s, |_| Ok(()))?;
                 levels.reports.extend(known.map(|r| (s, r)));
                 continue;
             }
-            let size = block.output().inputs();
-            let mut grams = [Gram::new(size), Gram::new(size)];
-            train.advance(decoder, block, s, |x, batch| grams[0].add(x, batch.spans()))?;
-            held_out.advance(decoder, block, s, |x, batch| grams[1].add(x, batch.spans()))?;
+            let followers = key.followers(decoder, s);
+            let seen = Statistics::watch(&mut train, decoder, block, s, &followers)?;
+            let unseen = Statistics::watch(&mut held_out, decoder, block, s, &followers)?;
+            levels.peak_statistics_bytes = levels.peak_statistics_bytes.max(train.bytes() + held_out.bytes() + 2 * seen.bytes());
             let weight = linalg::from_tensor(block.output().weight())?;
-            let [train_data, held_out_data] = grams.map(|mut gram| {
-                gram.finish();
-                Regression::of_layer(gram, &weight)
-            });
-            levels.peak_statistics_bytes = levels.peak_statistics_bytes.max(2 * Gram::bytes(size) + train.bytes() + held_out.bytes());
-            let made = Made::new(&train_data, &held_out_data, &weight, block.unit(), &key.widths[s], key.options)?;
+            let [train_data, held_out_data] = [&seen, &unseen].map(|of| Regression::of_layer(of.gram.clone(), &weight, &of.following));
+            let mut made = Made::new(&train_data, &held_out_data, &unseen, &weight, block.unit(), &key.widths[s], key.options)?;
+            made.scale = key.wants_scale(decoder, s).then(|| unseen.scale(seen.factor()));
             let names = TensorNames::of(decoder.config().architecture);
             let name = if s.is_multiple_of(2) { names.o(s / 2) } else { names.down(s / 2) };
             let report = levels.write(s, &made, source.dtype(&name)?)?;
             levels.reports.insert(s, report);
         }
+        levels.skips = key.options.skips.unwrap_or_else(|| levels.choose_skips(decoder));
         on(key.widths.len(), key.widths.len())?;
         Ok(levels)
     }
 
-    /// What was chosen, a report a sub-block that has partial widths.
+    /// What leaves the least of the skipped updates missing on held-out activations, all sub-blocks taken together.
+    fn choose_skips(&self, decoder: &Decoder) -> SkipCompensation {
+        let mut missing = [0.0, 0.0, 0.0];
+        for (s, report) in &self.reports {
+            let Some(scale) = &report.scale else { continue };
+            let before = (0..*s).rev().find(|p| decoder.sub_block(*p).is_some());
+            let width = |p: usize| decoder.sub_block(p).map_or(0, SubBlock::width);
+            let linear = before.and_then(|p| self.level(p, Level { width: width(p), absorbed: 1 })).and_then(|l| l.missing);
+            missing[0] += 1.0;
+            missing[1] += scale.missing;
+            missing[2] += linear.unwrap_or(1.0);
+        }
+        let of = [SkipCompensation::None, SkipCompensation::Scale, SkipCompensation::Linear];
+        (0..3).reduce(|best, other| if missing[other] < missing[best] { other } else { best }).map_or(SkipCompensation::None, |i| of[i])
+    }
+
+    /// What was chosen, a report a sub-block that has levels.
     pub fn reports(&self) -> impl Iterator<Item = &LevelReport> {
         self.reports.values()
     }
 
-    /// Units of sub-block `s` in order of importance, if it has partial widths.
-    pub fn order(&self, s: usize) -> Option<&[usize]> {
-        self.reports.get(&s).map(|r| r.order.as_slice())
+    /// How skipped sub-blocks are made up for.
+    pub fn skips(&self) -> SkipCompensation {
+        self.skips
     }
 
-    /// The repaired output layer of sub-block `s` at a width, on the decoder's device; `None` where the raw one's prefix is it.
-    pub fn output(&self, s: usize, width: usize, decoder: &Decoder) -> Result<Option<Linear>> {
-        let Some(report) = self.reports.get(&s).filter(|r| r.compensation != Compensation::None) else { return Ok(None) };
-        if !report.errors.contains_key(&width) {
+    /// Units of sub-block `s` in order of importance, if it has partial widths.
+    pub fn order(&self, s: usize) -> Option<&[usize]> {
+        self.reports.get(&s).map(|r| r.order.as_slice()).filter(|o| !o.is_empty())
+    }
+
+    /// The factor of the residual stream that stands in for sub-block `s` where it is skipped.
+    pub fn scale(&self, s: usize) -> Option<f64> {
+        self.reports.get(&s).filter(|_| self.skips == SkipCompensation::Scale).and_then(|r| r.scale).map(|scale| scale.factor)
+    }
+
+    /// The level of sub-block `s` that is used where `wanted` is asked for: one that absorbs less if absorbing as much as that didn't help.
+    pub fn usable(&self, s: usize, wanted: Level) -> Level {
+        let most = if self.skips == SkipCompensation::Linear { wanted.absorbed.min(MOST_ABSORBED) } else { 0 };
+        let absorbed = (1..=most).rev().find(|absorbed| self.level(s, Level { absorbed: *absorbed, ..wanted }).is_some_and(LevelError::is_used));
+        Level { absorbed: absorbed.unwrap_or(0), ..wanted }
+    }
+
+    fn level(&self, s: usize, level: Level) -> Option<&LevelError> {
+        self.reports.get(&s)?.levels.iter().find(|l| l.level == level)
+    }
+
+    /// The repaired output layer of a usable level of sub-block `s`, on the decoder's device; `None` where the raw one's prefix is it.
+    pub fn output(&self, s: usize, level: Level, decoder: &Decoder) -> Result<Option<Linear>> {
+        let Some(report) = self.reports.get(&s).filter(|r| level.absorbed > 0 || r.compensation != Compensation::None) else { return Ok(None) };
+        if self.level(s, level).is_none() {
             return Ok(None);
         }
         let path = self.file(s);
         // SAFETY: the file was written by rename and is not changed after
         let tensors = unsafe { candle_core::safetensors::MmapedSafetensors::new(&path)? };
         let load = |name: String| -> Result<Tensor> { Ok(tensors.load(&name, decoder.device())?.to_dtype(decoder.dtype())?) };
-        let bias = if report.compensation == Compensation::Bias { Some(load(format!("bias.{width}"))?) } else { None };
-        Ok(Some(Linear::new(load(format!("weight.{width}"))?, bias)?))
+        let has_bias = report.compensation == Compensation::Bias && level.absorbed == 0;
+        let bias = if has_bias { Some(load(format!("bias.{}", level.width))?) } else { None };
+        Ok(Some(Linear::new(load(format!("weight.{}.{}", level.width, level.absorbed))?, bias)?))
     }
 
     fn file(&self, s: usize) -> PathBuf {
@@ -191,13 +290,18 @@ impl Levels {
         };
         let bytes = |values: &[f32]| values.iter().flat_map(round).collect::<Vec<u8>>();
         let mut data: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
-        if made.compensation != Compensation::None {
-            for (width, repaired) in &made.levels {
-                data.insert(format!("weight.{width}"), (vec![repaired.weight.nrows(), repaired.weight.ncols()], bytes(&linalg::to_f32(&repaired.weight))));
-                if let Some(bias) = &repaired.bias {
-                    let bias: Vec<f32> = bias.iter().map(|b| *b as f32).collect();
-                    data.insert(format!("bias.{width}"), (vec![bias.len()], bytes(&bias)));
-                }
+        for (error, repaired) in &made.levels {
+            let Level { width, absorbed } = error.level;
+            if !error.is_used() || (absorbed == 0 && made.compensation == Compensation::None) {
+                continue;
+            }
+            data.insert(
+                format!("weight.{width}.{absorbed}"),
+                (vec![repaired.weight.nrows(), repaired.weight.ncols()], bytes(&linalg::to_f32(&repaired.weight))),
+            );
+            if let Some(bias) = &repaired.bias {
+                let bias: Vec<f32> = bias.iter().map(|b| *b as f32).collect();
+                data.insert(format!("bias.{width}"), (vec![bias.len()], bytes(&bias)));
             }
         }
         let path = self.file(s);
@@ -211,8 +315,8 @@ impl Levels {
             order: made.order.clone(),
             importance: made.importance,
             compensation: made.compensation,
-            ridge: made.ridge,
-            errors: made.errors.clone(),
+            levels: made.levels.iter().map(|(error, _)| *error).collect(),
+            scale: made.scale,
             sha256: sha256(&file),
         };
         storage::write_json(&self.report_file(s), &report)?;
@@ -238,48 +342,106 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// What is seen of one sub-block's activations.
+struct Statistics {
+    gram: Gram,
+    /// Of its output layer's inputs with the summed updates of one, two, … sub-blocks after it.
+    following: Vec<Cross>,
+    /// Per channel of the residual stream, the sums of absolute values before and after the sub-block.
+    magnitudes: [Vec<f64>; 2],
+    /// Sums of before . before, before . update and update . update.
+    moments: [f64; 3],
+}
+
+impl Statistics {
+    fn new(inputs: usize, outputs: usize, followers: usize) -> Self {
+        let following = vec![Cross::new(inputs, outputs); followers];
+        Self { gram: Gram::new(inputs), following, magnitudes: [vec![0.0; outputs], vec![0.0; outputs]], moments: [0.0; 3] }
+    }
+
+    /// Runs `block` in the place of sub-block `s` over a stream and looks at it.
+    fn watch(stream: &mut Stream, decoder: &Decoder, block: &SubBlock, s: usize, followers: &[usize]) -> Result<Self> {
+        let mut statistics = Self::new(block.output().inputs(), block.output().outputs(), followers.len());
+        stream.advance(decoder, block, s, |passage| statistics.add(decoder, passage, followers))?;
+        statistics.gram.finish();
+        Ok(statistics)
+    }
+
+    fn add(&mut self, decoder: &Decoder, passage: &Passage<'_>, followers: &[usize]) -> Result<()> {
+        self.gram.add(passage.inputs, passage.batch.spans())?;
+        let mut after = passage.after.clone();
+        for (cross, s) in self.following.iter_mut().zip(followers) {
+            after = decoder.device().with_context(|| decoder.forward_range(after, *s..s + 1, passage.batch, &mut NoCache))?;
+            cross.add(passage.inputs, &(&after - passage.after)?)?;
+        }
+        let rows = |t: &Tensor| -> Result<Vec<Vec<f32>>> { Ok(t.to_dtype(DType::F32)?.to_vec2::<f32>()?) };
+        for (before, after) in rows(passage.before)?.iter().zip(&rows(passage.after)?) {
+            for (channel, (b, a)) in before.iter().zip(after).enumerate() {
+                let (b, a) = (f64::from(*b), f64::from(*a));
+                self.magnitudes[0][channel] += b.abs();
+                self.magnitudes[1][channel] += a.abs();
+                for (sum, term) in self.moments.iter_mut().zip([b * b, b * (a - b), (a - b) * (a - b)]) {
+                    *sum += term;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Prune&Comp's alpha.
+    fn factor(&self) -> f64 {
+        let [before, after] = &self.magnitudes;
+        before.iter().zip(after).map(|(b, a)| a / b.max(f64::MIN_POSITIVE)).sum::<f64>() / before.len().max(1) as f64
+    }
+
+    /// How well a factor stands in for the update on these tokens: |update - (factor - 1) before|^2 relative to |update|^2.
+    fn scale(&self, factor: f64) -> Scale {
+        let ([square, cross, energy], by) = (self.moments, factor - 1.0);
+        Scale { factor, missing: (energy - 2.0 * by * cross + by * by * square) / energy.max(f64::MIN_POSITIVE) }
+    }
+
+    fn bytes(&self) -> usize {
+        let size = self.gram.size();
+        Gram::bytes(size) + self.following.iter().map(|c| Cross::bytes(size, c.sums.len())).sum::<usize>()
+    }
+}
+
 /// One sub-block's levels.
 struct Made {
     importance: Importance,
     compensation: Compensation,
-    ridge: f64,
     order: Vec<usize>,
-    levels: Vec<(usize, Repaired)>,
-    errors: BTreeMap<usize, (f64, f64)>,
+    levels: Vec<(LevelError, Repaired)>,
+    scale: Option<Scale>,
 }
 
 impl Made {
-    fn new(train: &Regression, held_out: &Regression, weight: &Matrix, unit: usize, partial: &[usize], options: LevelOptions) -> Result<Self> {
+    fn new(
+        train: &Regression,
+        held_out: &Regression,
+        unseen: &Statistics,
+        weight: &Matrix,
+        unit: usize,
+        partial: &[usize],
+        options: LevelOptions,
+    ) -> Result<Self> {
+        let units = weight.ncols() / unit;
         let inputs = |order: &[usize], width: usize| order[..width].iter().flat_map(|u| u * unit..(u + 1) * unit).collect::<Vec<_>>();
-        let middle = partial[partial.len() / 2];
-        let candidates = match options.importance {
-            Some(one) => vec![one],
-            None => vec![Importance::Wanda, Importance::Flap, Importance::Norm2ssp, Importance::Obs],
+        let identity: Vec<usize> = (0..units).collect();
+        let (importance, order) = if partial.is_empty() {
+            (options.importance.unwrap_or(Importance::Wanda), identity.clone())
+        } else {
+            choose_order(train, held_out, weight, unit, partial, options.importance)?
         };
-        // the order whose levels can be refitted best, judged on held-out activations at up to three widths
-        let probes: Vec<usize> = if candidates.len() == 1 { Vec::new() } else { (1..=3).map(|q| partial[(partial.len() - 1) * q / 3]).collect() };
-        let judged: Vec<(f64, Importance, Vec<usize>)> = candidates
-            .into_par_iter()
-            .map(|importance| {
-                let order = importance.order(&train.gram, weight, unit)?;
-                let mut error = 0.0;
-                for width in &probes {
-                    let kept = inputs(&order, *width);
-                    let repaired = Compensation::Refit.repair(train, weight, &kept, PROBE_RIDGE)?;
-                    error += held_out.error(&repaired, &kept);
-                }
-                Ok((error, importance, order))
-            })
-            .collect::<Result<_>>()?;
-        let best = judged.into_iter().reduce(|best, other| if other.0 < best.0 { other } else { best });
-        let Some((_, importance, order)) = best else { return Err(Error::Activations("no importance could be computed".into())) };
+        let middle = partial.get(partial.len() / 2).copied().unwrap_or(units);
         let kept = inputs(&order, middle);
-        let (ridge, refit_error) = choose_ridge(train, held_out, weight, &kept)?;
+        let (ridge, refit_error) = choose_ridge(train, held_out, 0, weight, &kept)?;
         let compensation = match options.compensation {
             Some(one) => one,
+            None if partial.is_empty() => Compensation::None,
             // a bias would need tensors that the family doesn't have: only on request
             None => {
-                let error = |c: Compensation| -> Result<f64> { Ok(held_out.error(&c.repair(train, weight, &kept, ridge)?, &kept)) };
+                let error = |c: Compensation| -> Result<f64> { Ok(held_out.error(0, &c.repair(train, weight, &kept, ridge)?, &kept)) };
                 let (none, rotate) = (error(Compensation::None)?, error(Compensation::Rotate)?);
                 if refit_error <= none.min(rotate) {
                     Compensation::Refit
@@ -290,19 +452,73 @@ impl Made {
                 }
             }
         };
-        let made: Vec<(usize, Repaired, (f64, f64))> = partial
-            .par_iter()
-            .map(|width| {
-                let kept = inputs(&order, *width);
-                let raw = Repaired { weight: compensate::columns(weight, &kept), bias: None };
-                let repaired = compensation.repair(train, weight, &kept, ridge)?;
-                let errors = (held_out.error(&raw, &kept), held_out.error(&repaired, &kept));
-                Ok((*width, repaired, errors))
-            })
+        let absorbing: Vec<(usize, f64)> = (1..train.targets.len())
+            .into_par_iter()
+            .map(|target| Ok((target, choose_ridge(train, held_out, target, weight, &kept)?.0)))
             .collect::<Result<_>>()?;
-        let errors = made.iter().map(|(width, _, errors)| (*width, *errors)).collect();
-        Ok(Self { importance, compensation, ridge, order, levels: made.into_iter().map(|(w, r, _)| (w, r)).collect(), errors })
+        let at_width = |width: usize| -> Result<Vec<(LevelError, Repaired)>> {
+            let kept = inputs(&order, width);
+            let raw = Repaired { weight: compensate::columns(weight, &kept), bias: None };
+            let whole = width == units;
+            let own = if whole { raw.clone() } else { compensation.repair(train, weight, &kept, ridge)? };
+            let mut levels = Vec::new();
+            for (target, ridge) in &absorbing {
+                let refitted = Repaired { weight: train.ridge(*target, &kept, &raw.weight, *ridge)?, bias: None };
+                let repaired = held_out.error(*target, &refitted, &kept);
+                let energy = unseen.following[target - 1].energy.max(f64::MIN_POSITIVE);
+                levels.push((
+                    LevelError {
+                        level: Level { width, absorbed: *target },
+                        ridge: *ridge,
+                        raw: held_out.error(*target, &own, &kept),
+                        repaired,
+                        missing: whole.then(|| repaired * held_out.targets[*target].energy / energy),
+                    },
+                    refitted,
+                ));
+            }
+            if !whole {
+                let (raw, repaired) = (held_out.error(0, &raw, &kept), held_out.error(0, &own, &kept));
+                levels.push((LevelError { level: Level { width, absorbed: 0 }, ridge, raw, repaired, missing: None }, own));
+            }
+            Ok(levels)
+        };
+        let widths: Vec<usize> = partial.iter().copied().chain(std::iter::once(units)).collect();
+        let levels: Vec<Vec<(LevelError, Repaired)>> = widths.into_par_iter().map(at_width).collect::<Result<_>>()?;
+        let order = if order == identity { Vec::new() } else { order };
+        Ok(Self { importance, compensation, order, levels: levels.into_iter().flatten().collect(), scale: None })
     }
+}
+
+/// The order whose levels can be refitted best, judged on held-out activations at up to three widths.
+fn choose_order(
+    train: &Regression,
+    held_out: &Regression,
+    weight: &Matrix,
+    unit: usize,
+    partial: &[usize],
+    fixed: Option<Importance>,
+) -> Result<(Importance, Vec<usize>)> {
+    let candidates = match fixed {
+        Some(one) => vec![one],
+        None => vec![Importance::Wanda, Importance::Flap, Importance::Norm2ssp, Importance::Obs],
+    };
+    let probes: Vec<usize> = if candidates.len() == 1 { Vec::new() } else { (1..=3).map(|q| partial[(partial.len() - 1) * q / 3]).collect() };
+    let judged: Vec<(f64, Importance, Vec<usize>)> = candidates
+        .into_par_iter()
+        .map(|importance| {
+            let order = importance.order(&train.gram, weight, unit)?;
+            let mut error = 0.0;
+            for width in &probes {
+                let kept: Vec<usize> = order[..*width].iter().flat_map(|u| u * unit..(u + 1) * unit).collect();
+                let repaired = Compensation::Refit.repair(train, weight, &kept, PROBE_RIDGE)?;
+                error += held_out.error(0, &repaired, &kept);
+            }
+            Ok((error, importance, order))
+        })
+        .collect::<Result<_>>()?;
+    let best = judged.into_iter().reduce(|best, other| if other.0 < best.0 { other } else { best });
+    best.map(|(_, importance, order)| (importance, order)).ok_or_else(|| Error::Activations("no importance could be computed".into()))
 }
 
 /// Ridge strength while importances are compared.

@@ -20,6 +20,7 @@ mod loss;
 mod names;
 pub mod objective;
 mod pack;
+pub mod per_cluster;
 pub mod picture;
 mod prefix_cache;
 mod projection;

@@ -20,7 +20,7 @@ impl PrefixCache {
         Self { limit, bytes: 0, clock: 0, states: HashMap::new() }
     }
 
-    /// The state of a pack after the sub-blocks whose widths are `prefix`.
+    /// The state of a pack after the sub-blocks that `prefix` stands for.
     pub fn get(&mut self, pack: usize, prefix: &[usize]) -> Option<Tensor> {
         self.clock += 1;
         let clock = self.clock;

@@ -7,6 +7,8 @@
 //! | `latency.json` | milliseconds of every sub-block and width, for a latency budget | once measured |
 //! | `levels/` | the level database, unless it is kept elsewhere | a sub-block at a time; deleted at the end |
 //! | `search.jsonl` | every evaluation and the work done | appended, synced a batch at a time |
+//! | `front/` | the patterns of a front, each named by what it keeps | at the end |
+//! | `clusters.json`, `clusters.safetensors` | a pattern a cluster; the chunks' vectors | at the end; once sampled |
 //! | `pattern.json`, `report.html`, `report.json`, `config.json`, `model.safetensors`, … | the result | at the end |
 //! | `evop.json` | provenance; its presence makes the directory a checkpoint | last |
 //!
@@ -16,19 +18,21 @@
 use crate::budget::{Budget, LatencyTable, Resource};
 use crate::calibration::{Calibration, CalibrationOptions, CalibrationStep, Corpus};
 use crate::checkpoint::{Contents, Format, Written};
+use crate::compensate::SkipCompensation;
 use crate::embed::{Embedder, HiddenStates, SentenceTransformer};
 use crate::eval::{self, Perplexity};
 use crate::evaluate::{Evaluator, Savings, Work};
 use crate::latency;
-use crate::levels::{LevelKey, LevelOptions, LevelReport, Levels, tokens_sha256};
+use crate::levels::{Level, LevelKey, LevelOptions, LevelReport, Levels, tokens_sha256};
 use crate::objective::Objective;
+use crate::per_cluster::{self, ClusterPattern};
 use crate::search::{self, Certificate, Found, Progress, SearchOptions};
 use crate::space::{SearchSpace, SpaceOptions};
 use crate::supernet::Supernet;
 use crate::{Error, Result, report, storage};
 use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Gene, Pattern};
 use serde::{Deserialize, Serialize};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
@@ -54,6 +58,8 @@ pub struct PruneOptions {
     pub level_directory: Option<PathBuf>,
     /// Which savings the evaluator makes.
     pub savings: Savings,
+    /// Find a pattern for every cluster too.
+    pub per_cluster: bool,
     /// Enumerate the space after the search where it has at most this many patterns.
     pub certify_up_to: u64,
     /// Window of the before/after perplexity, in tokens.
@@ -89,6 +95,9 @@ const LOG: &str = "search.jsonl";
 const LATENCY: &str = "latency.json";
 const LEVELS: &str = "levels";
 const PATTERN: &str = "pattern.json";
+const FRONT: &str = "front";
+const CLUSTERS: &str = "clusters.json";
+const CLUSTER_VECTORS: &str = "clusters.safetensors";
 /// The file that makes a run directory a checkpoint.
 pub const PROVENANCE: &str = "evop.json";
 
@@ -96,8 +105,18 @@ pub const PROVENANCE: &str = "evop.json";
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum LogLine {
-    Evaluation { genes: Vec<Gene>, segments: Vec<f64> },
-    Work { phase: Phase, work: Work, seconds: f64 },
+    Evaluation {
+        genes: Vec<Gene>,
+        segments: Vec<f64>,
+        /// Of one cluster's sequences.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        cluster: Option<usize>,
+    },
+    Work {
+        phase: Phase,
+        work: Work,
+        seconds: f64,
+    },
 }
 
 /// Which part of a run did some work.
@@ -106,6 +125,7 @@ enum LogLine {
 enum Phase {
     Search,
     Certificate,
+    Clusters,
 }
 
 /// Where a run stands.
@@ -131,6 +151,15 @@ pub enum Step {
     Search(Progress),
     /// Enumerating the space to certify the result.
     Certificate(Progress),
+    /// Searching a cluster's own pattern.
+    Cluster {
+        /// Which.
+        cluster: usize,
+        /// Of how many.
+        clusters: usize,
+        /// Its search.
+        progress: Progress,
+    },
     /// Before/after perplexity: windows done of all.
     Perplexity {
         /// Windows done.
@@ -155,6 +184,10 @@ pub struct Outcome {
     pub dense_loss: f64,
     /// The choice among the best patterns on held-out sequences.
     pub held_out: HeldOut,
+    /// A pattern for every cluster, where they were asked for.
+    pub clusters: Vec<ClusterPattern>,
+    /// What they cost in addition.
+    pub clusters_work: Work,
     /// Perplexity of the dense model on text that the search never saw.
     pub dense: Perplexity,
     /// The same of the pruned model.
@@ -175,8 +208,12 @@ pub struct Outcome {
     pub kept_of_budgets: Vec<(Budget, f64)>,
     /// The calibration set, its tokens left out.
     pub calibration: CalibrationReport,
-    /// What was chosen for every sub-block with partial widths.
+    /// What was chosen for every sub-block with levels.
     pub levels: Vec<LevelReport>,
+    /// How skipped sub-blocks are made up for.
+    pub skips: SkipCompensation,
+    /// Per sub-block, the level of the pattern.
+    pub pattern_levels: Vec<Level>,
     /// The model's widths: whole, and kept.
     pub widths: Vec<(usize, usize)>,
     /// Bytes held for speed: statistics and residual streams at most, dense distributions, boundary states (now, at most).
@@ -207,6 +244,8 @@ pub struct Seconds {
     pub levels: f64,
     /// Search and certificate, over all attempts.
     pub search: f64,
+    /// The clusters' own patterns, in this attempt.
+    pub clusters: f64,
     /// Held-out choice, perplexities and writing.
     pub finish: f64,
 }
@@ -321,7 +360,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     seconds.levels = lap();
 
     let mut log = Log::open(&directory.join(LOG))?;
-    let known = log.known(config)?;
+    let known = log.known(config, None)?;
     // a resumed run asks for everything again, so what was asked for before isn't added
     let (mut before, mut certified_before) = (log.work[0], log.work[1]);
     (before.requested, before.naive_block_forwards) = (0, 0);
@@ -332,7 +371,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let record = |results: &[(Pattern, Vec<f64>)], work: Work| {
         let seconds = since.elapsed().as_secs_f64();
         since = Instant::now();
-        log.append(results, phase.get(), work, seconds)
+        log.append(results, None, phase.get(), work, seconds)
     };
     let mut evaluator = Evaluator::new(&supernet, &calibration.samples(), options.objective, options.savings, known, before, Box::new(record))?;
     let dense_loss = evaluator.evaluate(&[Pattern::dense(config)])?[0].loss;
@@ -357,13 +396,33 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let adjusted = found.adjustment.as_ref().map(|a| search::adjust(supernet.decoder(), a)).transpose()?.map(|decoder| Supernet::raw(&decoder));
     let held_out = pick(&supernet, adjusted.as_ref(), &calibration, options, &mut found)?;
     let pattern = &found.pattern;
+    let (clusters, clusters_work) = if options.per_cluster {
+        let begun = Instant::now();
+        let log = RefCell::new(log);
+        let mut known = |cluster| log.borrow().known(config, Some(cluster));
+        let record = |cluster, results: &[(Pattern, Vec<f64>)], work| log.borrow_mut().append(results, Some(cluster), Phase::Clusters, work, 0.0);
+        let mut on_round = |cluster, clusters, progress| on_step(Step::Cluster { cluster, clusters, progress });
+        let clusters = per_cluster::search(&supernet, &space, &calibration, options, pattern, &mut known, &record, &mut on_round)?;
+        storage::write_json(&directory.join(CLUSTERS), &clusters)?;
+        seconds.clusters = begun.elapsed().as_secs_f64();
+        (clusters, log.into_inner().work[Phase::Clusters as usize])
+    } else {
+        (Vec::new(), Work::default())
+    };
     let pruned_decoder = adjusted.as_ref().unwrap_or(&supernet).pruned(pattern)?;
     let (dense, pruned) = perplexities(inputs, &calibration, &pruned_decoder, options.eval_window, on_step)?;
     on_step(Step::Writing)?;
     storage::write_json(&directory.join(PATTERN), pattern)?;
+    if !found.front.is_empty() {
+        let front = directory.join(FRONT);
+        std::fs::create_dir_all(&front).map_err(|e| Error::io(&front, e))?;
+        for point in &found.front {
+            storage::write_json(&front.join(format!("{:.4}.json", point.kept)), &point.pattern)?;
+        }
+    }
     let source = DecoderSource::new(&pruned_decoder, inputs.checkpoint.source().as_ref())?;
     let written = Contents::of(inputs.checkpoint).around(pruned_decoder.config(), &source).write(options.format, directory)?;
-    seconds.finish = lap();
+    seconds.finish = lap() - seconds.clusters;
     let pruned_config = pruned_decoder.config();
     let tokens = |sequences: &[crate::calibration::Sequence]| sequences.iter().map(|s| s.tokens.len()).sum();
     let outcome = Outcome {
@@ -380,9 +439,13 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
             tokens: [tokens(&calibration.sequences), tokens(&calibration.statistics), tokens(&calibration.held_out)],
         },
         levels: supernet.levels().map(|l| l.reports().cloned().collect()).unwrap_or_default(),
+        skips: supernet.levels().map_or(SkipCompensation::None, Levels::skips),
+        pattern_levels: (0..2 * config.num_layers()).map(|s| supernet.level(pattern, s)).collect(),
         memory: Memory { statistics: supernet.levels().map_or(0, |l| l.peak_statistics_bytes), distributions, prefix_cache: (cached, limit) },
         found,
         certificate,
+        clusters,
+        clusters_work,
         dense_loss,
         held_out,
         written,
@@ -429,8 +492,10 @@ fn supernet(
     on_step: &mut dyn FnMut(Step) -> Result<()>,
 ) -> Result<Supernet> {
     let partial = |(s, widths): (usize, Vec<usize>)| widths.into_iter().filter(|w| *w > 0 && *w < space.dense().width(s)).collect::<Vec<_>>();
+    let skippable: Vec<bool> = space.widths().iter().map(|widths| widths.contains(&0)).collect();
     let widths: Vec<Vec<usize>> = space.widths().into_iter().enumerate().map(partial).collect();
-    if widths.iter().all(Vec::is_empty) {
+    let makes_up = options.levels.skips != Some(SkipCompensation::None) && skippable.contains(&true) && inputs.decoder.config().pre_norm;
+    if widths.iter().all(Vec::is_empty) && !makes_up {
         return Ok(Supernet::raw(inputs.decoder));
     }
     let (train, held_out) = (calibration.statistics_tokens(), calibration.held_out_tokens());
@@ -439,6 +504,7 @@ fn supernet(
         tokens_sha256: tokens_sha256(train.iter().chain(&held_out)),
         options: options.levels,
         widths,
+        skippable,
     };
     let place = options.level_directory.clone().unwrap_or_else(|| directory.join(LEVELS));
     let levels = Levels::build(inputs.decoder, inputs.checkpoint.source().as_ref(), &train, &held_out, &key, &place, &mut |done, all| {
@@ -489,6 +555,12 @@ fn calibration(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on
         }
     })?;
     stopped?;
+    if options.per_cluster {
+        if calibration.cluster_sizes.len() < 2 {
+            return Err(Error::option("--per-cluster", "there is one cluster only: expected a longer corpus, more --clusters, or --mixing apart".to_string()));
+        }
+        per_cluster::write_vectors(&directory.join(CLUSTER_VECTORS), &calibration)?;
+    }
     storage::write_json(&path, &calibration)?;
     Ok(calibration)
 }
@@ -525,9 +597,9 @@ fn perplexities(
 struct Log {
     path: PathBuf,
     file: File,
-    evaluations: Vec<(Vec<Gene>, Vec<f64>)>,
-    /// Of the search, of the certificate.
-    work: [Work; 2],
+    evaluations: Vec<(Option<usize>, Vec<Gene>, Vec<f64>)>,
+    /// By phase.
+    work: [Work; 3],
     seconds: f64,
 }
 
@@ -536,7 +608,7 @@ impl Log {
     fn open(path: &Path) -> Result<Self> {
         let io = |e| Error::io(path, e);
         let file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io)?;
-        let mut log = Self { path: path.to_path_buf(), file, evaluations: Vec::new(), work: [Work::default(); 2], seconds: 0.0 };
+        let mut log = Self { path: path.to_path_buf(), file, evaluations: Vec::new(), work: [Work::default(); 3], seconds: 0.0 };
         let mut reader = BufReader::new(File::open(path).map_err(io)?);
         let (mut whole, mut line, mut number) = (0u64, Vec::new(), 0);
         // the evaluations of a batch count once the batch's work line is there
@@ -550,7 +622,7 @@ impl Log {
             number += 1;
             let parsed = serde_json::from_slice(&line);
             match parsed.map_err(|e| Error::RunDirectory { path: path.to_path_buf(), message: format!("line {number} is not what a run writes there: {e}") })? {
-                LogLine::Evaluation { genes, segments } => batch.push((genes, segments)),
+                LogLine::Evaluation { genes, segments, cluster } => batch.push((cluster, genes, segments)),
                 LogLine::Work { phase, work, seconds } => {
                     log.evaluations.append(&mut batch);
                     log.work[phase as usize].add(work);
@@ -564,12 +636,14 @@ impl Log {
         Ok(log)
     }
 
-    fn known(&self, config: &Config) -> Result<HashMap<Pattern, Vec<f64>>> {
+    /// What was evaluated on the sequences of all clusters, or of one.
+    fn known(&self, config: &Config, cluster: Option<usize>) -> Result<HashMap<Pattern, Vec<f64>>> {
         // a pattern that was evaluated on more tokens later has its longer list last
-        self.evaluations.iter().map(|(genes, segments)| Ok((Pattern::new(genes.clone(), config)?, segments.clone()))).collect()
+        let of_cluster = self.evaluations.iter().filter(|(of, _, _)| *of == cluster);
+        of_cluster.map(|(_, genes, segments)| Ok((Pattern::new(genes.clone(), config)?, segments.clone()))).collect()
     }
 
-    fn append(&mut self, results: &[(Pattern, Vec<f64>)], phase: Phase, work: Work, seconds: f64) -> Result<()> {
+    fn append(&mut self, results: &[(Pattern, Vec<f64>)], cluster: Option<usize>, phase: Phase, work: Work, seconds: f64) -> Result<()> {
         if results.is_empty() && work.block_forwards == 0 {
             return Ok(()); // a round made of known patterns only
         }
@@ -577,7 +651,8 @@ impl Log {
         let as_io = |e: serde_json::Error| std::io::Error::from(e);
         let mut append = || -> std::io::Result<()> {
             for (pattern, segments) in results {
-                serde_json::to_writer(&mut lines, &LogLine::Evaluation { genes: pattern.layers().to_vec(), segments: segments.clone() }).map_err(as_io)?;
+                let line = LogLine::Evaluation { genes: pattern.layers().to_vec(), segments: segments.clone(), cluster };
+                serde_json::to_writer(&mut lines, &line).map_err(as_io)?;
                 lines.push(b'\n');
             }
             serde_json::to_writer(&mut lines, &LogLine::Work { phase, work, seconds }).map_err(as_io)?;
@@ -585,7 +660,9 @@ impl Log {
             self.file.write_all(&lines)?;
             self.file.sync_data()
         };
-        append().map_err(|e| Error::io(&self.path, e))
+        append().map_err(|e| Error::io(&self.path, e))?;
+        self.work[phase as usize].add(work);
+        Ok(())
     }
 }
 

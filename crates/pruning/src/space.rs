@@ -170,6 +170,12 @@ impl SearchSpace {
         Ok(space)
     }
 
+    /// The same space with another first budget (1: all of it).
+    #[must_use]
+    pub fn with_first_budget(&self, keep: f64) -> Self {
+        Self { costs: self.costs.with_first_budget(keep), ..self.clone() }
+    }
+
     /// The genome with the least that isn't nothing: the cheapest unit at its lowest option above 0.
     fn lightest_unit(&self) -> Genome {
         let nothing: Genome = vec![0; self.units()];

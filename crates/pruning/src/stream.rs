@@ -34,18 +34,19 @@ impl Stream {
         Ok(Self { packs })
     }
 
-    /// Runs `block` in the place of sub-block `s`; `visit` sees every pack's inputs of the output layer, [tokens, width * unit].
-    pub fn advance(&mut self, decoder: &Decoder, block: &SubBlock, s: usize, mut visit: impl FnMut(&Tensor, &Batch) -> Result<()>) -> Result<()> {
+    /// Runs `block` in the place of sub-block `s`; `visit` sees every pack go through it.
+    pub fn advance(&mut self, decoder: &Decoder, block: &SubBlock, s: usize, mut visit: impl FnMut(&Passage<'_>) -> Result<()>) -> Result<()> {
         for pack in &mut self.packs {
-            let inner = decoder.device().with_context(|| decoder.inner(block, s, &pack.hidden, &pack.batch, &mut NoCache))?;
-            visit(&inner, &pack.batch).map_err(|e| match e {
+            let inputs = decoder.device().with_context(|| decoder.inner(block, s, &pack.hidden, &pack.batch, &mut NoCache))?;
+            let after = decoder.device().with_context(|| decoder.add(block, &pack.hidden, &block.output().forward(&inputs)?))?;
+            visit(&Passage { inputs: &inputs, before: &pack.hidden, after: &after, batch: &pack.batch }).map_err(|e| match e {
                 Error::Activations(what) => {
                     let name = if s.is_multiple_of(2) { "o_proj" } else { "down_proj" };
                     Error::Activations(format!("layer {}, inputs of {name}: {what}; the weights or the calibration text are damaged", s / 2))
                 }
                 other => other,
             })?;
-            pack.hidden = decoder.device().with_context(|| decoder.add(block, &pack.hidden, &block.output().forward(&inner)?))?;
+            pack.hidden = after;
         }
         Ok(())
     }
@@ -54,4 +55,16 @@ impl Stream {
     pub fn bytes(&self) -> usize {
         self.packs.iter().map(|p| p.hidden.elem_count() * p.hidden.dtype().size_in_bytes()).sum()
     }
+}
+
+/// One pack going through one sub-block.
+pub(crate) struct Passage<'p> {
+    /// Of the output layer, [tokens, width * unit].
+    pub inputs: &'p Tensor,
+    /// The residual stream, [tokens, hidden].
+    pub before: &'p Tensor,
+    /// The same after the sub-block.
+    pub after: &'p Tensor,
+    /// Its sequences.
+    pub batch: &'p Batch,
 }

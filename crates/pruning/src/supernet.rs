@@ -1,8 +1,9 @@
 //! One model that is all of its patterns: the parent with its units in order of importance, and the repaired output layers of every level.
 
 use crate::Result;
-use crate::levels::Levels;
-use evop_model::{Decoder, Linear, Pattern, SubBlock};
+use crate::levels::{Level, Levels};
+use crate::search::scaled;
+use evop_model::{Decoder, Linear, Pattern, SubBlock, Tensor};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -20,7 +21,7 @@ pub struct Supernet {
 
 #[derive(Debug, Default)]
 struct OutputCache {
-    layers: HashMap<(usize, usize), Linear>,
+    layers: HashMap<(usize, Level), Linear>,
     bytes: usize,
 }
 
@@ -56,37 +57,62 @@ impl Supernet {
         self.levels.as_ref()
     }
 
-    /// Sub-block `s` at a width; `None` where it is skipped or absent.
-    pub fn sub_block(&self, s: usize, width: usize) -> Result<Option<SubBlock>> {
-        let Some(block) = self.decoder.sub_block(s).filter(|_| width > 0) else { return Ok(None) };
-        if width == block.width() {
+    /// What a pattern asks of sub-block `s`.
+    pub fn level(&self, pattern: &Pattern, s: usize) -> Level {
+        let width = pattern.width(s);
+        let Some(levels) = self.levels.as_ref().filter(|_| width > 0) else { return Level { width, absorbed: 0 } };
+        let present = (s + 1..self.decoder.last_boundary()).filter(|t| self.decoder.sub_block(*t).is_some());
+        levels.usable(s, Level { width, absorbed: present.take_while(|t| !pattern.keeps(*t)).count() })
+    }
+
+    /// Sub-block `s` at a level; `None` where it is skipped or absent.
+    pub fn sub_block(&self, s: usize, level: Level) -> Result<Option<SubBlock>> {
+        let Some(block) = self.decoder.sub_block(s).filter(|_| level.width > 0) else { return Ok(None) };
+        if level == (Level { width: block.width(), absorbed: 0 }) {
             return Ok(Some(block.clone()));
         }
-        Ok(Some(match self.output(s, width)? {
+        Ok(Some(match self.output(s, level)? {
             Some(output) => block.with_output(output)?,
-            None => block.narrowed(width)?,
+            None => block.narrowed(level.width)?,
         }))
     }
 
+    /// The residual stream after sub-block `s` was skipped.
+    pub fn skip(&self, s: usize, hidden: &Tensor) -> Result<Tensor> {
+        match self.levels.as_ref().and_then(|l| l.scale(s)) {
+            Some(factor) => Ok((hidden * factor)?),
+            None => Ok(hidden.clone()),
+        }
+    }
+
     /// The repaired output layer of a level, if it has one.
-    fn output(&self, s: usize, width: usize) -> Result<Option<Linear>> {
+    fn output(&self, s: usize, level: Level) -> Result<Option<Linear>> {
         let Some(levels) = &self.levels else { return Ok(None) };
-        if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).layers.get(&(s, width)) {
+        if let Some(known) = self.cache.lock().unwrap_or_else(PoisonError::into_inner).layers.get(&(s, level)) {
             return Ok(Some(known.clone()));
         }
-        let Some(layer) = levels.output(s, width, &self.decoder)? else { return Ok(None) };
+        let Some(layer) = levels.output(s, level, &self.decoder)? else { return Ok(None) };
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = layer.weight().elem_count() * layer.weight().dtype().size_in_bytes();
         if cache.bytes + bytes <= CACHED_BYTES {
             cache.bytes += bytes;
-            cache.layers.insert((s, width), layer.clone());
+            cache.layers.insert((s, level), layer.clone());
         }
         Ok(Some(layer))
     }
 
-    /// The decoder that a pattern stands for.
+    /// The decoder that a pattern stands for. The scales of skipped sub-blocks go into the output layers after them: the norms don't see the
+    /// magnitude of the stream, so it may stay where it is and what is added to it shrink instead.
     pub fn pruned(&self, pattern: &Pattern) -> Result<Decoder> {
-        let blocks = (0..self.decoder.last_boundary()).map(|s| self.sub_block(s, pattern.width(s))).collect::<Result<_>>()?;
+        let mut factor = 1.0;
+        let mut blocks = Vec::with_capacity(self.decoder.last_boundary());
+        for s in 0..self.decoder.last_boundary() {
+            let block = self.sub_block(s, self.level(pattern, s))?;
+            if !pattern.keeps(s) {
+                factor *= self.levels.as_ref().and_then(|l| l.scale(s)).unwrap_or(1.0);
+            }
+            blocks.push(block.map(|b| scaled(&b, 1.0 / factor)).transpose()?);
+        }
         Ok(self.decoder.with_sub_blocks(blocks)?)
     }
 }

@@ -63,6 +63,10 @@ impl Display {
             Step::Levels { done, all } => self.show("levels", done, all, None),
             Step::Search(progress) => self.show("search", progress.round, progress.rounds, Some(progress)),
             Step::Certificate(progress) => self.show("certify", progress.round, progress.rounds, Some(progress)),
+            Step::Cluster { cluster, clusters, progress } => {
+                let rounds = progress.rounds.max(1);
+                self.show("per cluster", cluster * rounds + progress.round, clusters * rounds, Some(progress));
+            }
             Step::Perplexity { done, all } => self.show("perplexity", done, all, None),
             Step::Writing => self.show("write", 1, 1, None),
         }

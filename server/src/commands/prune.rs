@@ -4,8 +4,11 @@ use super::model_args::{ModelArgs, bundled_calibration, bundled_held_out, read_d
 use super::progress::Display;
 use super::prune_args::PruneArgs;
 use anyhow::{Context, Result, bail};
+use evop_model::{Config, Pattern};
+use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::Corpus;
 use evop_pruning::run::{self, Inputs, Outcome, Run};
+use evop_pruning::search::Strategy;
 use evop_pruning::{checkpoint, picture, report};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -63,7 +66,21 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         // paths are kept absolute, so that a run can be resumed from anywhere
         let absolute = |p: &PathBuf| std::path::absolute(p).unwrap_or_else(|_| p.clone());
         let named = model.model.map(|m| if Path::new(&m).exists() { absolute(&PathBuf::from(&m)).display().to_string() } else { m });
-        let mut options = args.tuning.options(args.strategy, args.budget.budgets()?, checkpoint.config().max_position_embeddings);
+        let strategy = match &args.pattern {
+            Some(_) => Some(Strategy::Pattern),
+            None if args.pareto => Some(Strategy::Pareto),
+            None => args.strategy,
+        };
+        let pattern = args.pattern.as_deref().map(|path| read_pattern(path, checkpoint.config())).transpose()?;
+        let mut budgets = args.budget.given()?;
+        if budgets.is_empty() {
+            budgets.push(match &pattern {
+                Some(pattern) => whole_budget(pattern, checkpoint.config())?,
+                None => Budget::removing(0.25)?,
+            });
+        }
+        let mut options = args.tuning.options(strategy, budgets, checkpoint.config().max_position_embeddings);
+        options.search.pattern = pattern.map(|p| p.layers().to_vec());
         options.format = args.format;
         options.level_directory = options.level_directory.as_ref().map(absolute);
         let run = Run {
@@ -93,6 +110,19 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         Ok(())
     })?;
     Ok((directory, outcome))
+}
+
+/// A pattern as a run writes it.
+fn read_pattern(path: &Path, config: &Config) -> Result<Pattern> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}: expected a pattern", path.display()))?;
+    let genes = serde_json::from_str(&text).with_context(|| format!("{}: expected a pattern as a run writes it", path.display()))?;
+    Ok(Pattern::new(genes, config)?)
+}
+
+/// What a pattern keeps of the block parameters, as a budget.
+fn whole_budget(pattern: &Pattern, config: &Config) -> Result<Budget> {
+    let kept = config.with_pattern(pattern).block_parameters() as f64 / config.block_parameters() as f64;
+    Budget::new(Resource::Params, kept).context("--pattern: expected one that removes something")
 }
 
 /// The calibration corpora: the files, each named after itself, or the bundled books.

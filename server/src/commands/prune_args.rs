@@ -7,13 +7,13 @@ use clap::{Args, ValueEnum};
 use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::{CalibrationOptions, Mixing, Weights};
 use evop_pruning::checkpoint::Format;
-use evop_pruning::compensate::Compensation;
+use evop_pruning::compensate::{Compensation, SkipCompensation};
 use evop_pruning::evaluate::Savings;
 use evop_pruning::importance::Importance;
 use evop_pruning::levels::LevelOptions;
 use evop_pruning::objective::{Aggregate, FitnessKind, Objective};
 use evop_pruning::run::PruneOptions;
-use evop_pruning::search::{EvopOptions, JointOptions, SearchOptions, Strategy};
+use evop_pruning::search::{EvopOptions, JointOptions, ParetoOptions, SearchOptions, Strategy};
 use evop_pruning::space::{Grid, Space, SpaceOptions};
 use std::path::PathBuf;
 
@@ -23,6 +23,10 @@ use std::path::PathBuf;
     evop prune --out pruned                                  the bundled model, a quarter of its block parameters goes\n  \
     evop prune --preset paper --out pruned                   EvoP as published: whole layers\n  \
     evop prune --model ./SmolLM2 --calibration c4.jsonl.gz --params 0.6 --kv 0.5 --out pruned\n  \
+    evop prune --pareto --levels levels --out front          a whole front of loss against parameters; then any point of it:
+  \
+    evop prune --pattern front/front/0.6021.json --levels levels --out pruned
+  \
     evop prune --resume pruned                               go on after Ctrl-C, a crash or kill -9")]
 pub struct PruneArgs {
     #[command(flatten)]
@@ -33,9 +37,15 @@ pub struct PruneArgs {
     /// Go on with the run in this directory; its options are those it was begun with.
     #[arg(long, value_name = "DIR")]
     pub resume: Option<PathBuf>,
-    /// How to search: joint, evop, evopress, sleb, shortgpt, blockpruner, finercut, flap, twossp, policy-gradient, crash, prune-comp, flatten, surrogate-shapley, uniform, magnitude, random, random-joint or exhaustive. [default: joint; paper: evop]
+    /// How to search: joint, evop, evopress, sleb, shortgpt, blockpruner, finercut, flap, twossp, policy-gradient, crash, prune-comp, flatten, surrogate-shapley, uniform, magnitude, random, random-joint, exhaustive, pareto or pattern. [default: joint; paper: evop]
     #[arg(long, value_name = "STRATEGY", help_heading = "Search")]
     pub strategy: Option<Strategy>,
+    /// Search a whole front of loss against cost in one run (NSGA-II): front/ holds its patterns, the best one within the budget becomes the checkpoint.
+    #[arg(long, conflicts_with = "strategy", help_heading = "Search")]
+    pub pareto: bool,
+    /// No search: make a checkpoint of the pattern in this file (a run's pattern.json, or one of its front/).
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["strategy", "pareto"], help_heading = "Search")]
+    pub pattern: Option<PathBuf>,
     #[command(flatten)]
     pub budget: BudgetArgs,
     #[command(flatten)]
@@ -89,10 +99,13 @@ pub struct TuningArgs {
     /// How tokens become one number: mean, worst-cluster or mean+std.
     #[arg(long, value_name = "HOW", default_value_t = Aggregate::Mean, help_heading = "Search")]
     pub aggregate: Aggregate,
+    /// Find a pattern for the text of every calibration cluster too (clusters.json), beside the common one.
+    #[arg(long, help_heading = "Search")]
+    pub per_cluster: bool,
     /// Generations. [default: 60; paper: 100]
     #[arg(long, value_name = "N", help_heading = "Search")]
     pub generations: Option<usize>,
-    /// Individuals of an evop generation. [paper: 50]
+    /// Individuals of an evop generation, points of a front. [evop: 50; pareto: 48]
     #[arg(long, value_name = "N", help_heading = "Search")]
     pub population: Option<usize>,
     /// Children of a joint generation. [default: 32]
@@ -101,6 +114,9 @@ pub struct TuningArgs {
     /// End after this many generations without a better pattern (joint). [default: 12]
     #[arg(long, value_name = "N", help_heading = "Search")]
     pub patience: Option<usize>,
+    /// Fraction of the first budget's resource at which a front begins. [default: 0.3]
+    #[arg(long, value_name = "FRACTION", help_heading = "Search")]
+    pub pareto_least: Option<f64>,
     /// Patterns that random draws. [default: 1000]
     #[arg(long, value_name = "N", help_heading = "Search")]
     pub evaluations: Option<usize>,
@@ -123,6 +139,9 @@ pub struct TuningArgs {
     /// Repair of what stays: none, bias, refit or rotate. [default: what errs least on held-out activations]
     #[arg(long, value_name = "REPAIR", help_heading = "Widths")]
     pub compensation: Option<Compensation>,
+    /// How skipped sub-blocks are made up for: none, scale or linear (the sub-block before learns to give the missing update too). [default: what errs least on held-out activations; published strategies: none]
+    #[arg(long, value_name = "REPAIR", help_heading = "Widths")]
+    pub skip_compensation: Option<SkipCompensation>,
     /// Keep the level database here, for other runs with the same model and calibration.
     #[arg(long, value_name = "DIR", help_heading = "Widths")]
     pub levels: Option<PathBuf>,
@@ -203,7 +222,7 @@ impl TuningArgs {
         let strategy = strategy.unwrap_or(if paper { Strategy::Evop } else { Strategy::Joint });
         let recipe = strategy.recipe();
         let ccds = if paper { CalibrationOptions::paper() } else { CalibrationOptions::default() };
-        let (joint, evop) = (JointOptions::default(), EvopOptions::default());
+        let (joint, evop, pareto) = (JointOptions::default(), EvopOptions::default(), ParetoOptions::default());
         let seed = self.seed.unwrap_or(ccds.seed);
         PruneOptions {
             space: SpaceOptions {
@@ -224,12 +243,22 @@ impl TuningArgs {
                     ..joint
                 },
                 evop: EvopOptions { population: self.population.unwrap_or(evop.population), generations: self.generations.unwrap_or(evop.generations), ..evop },
+                pareto: ParetoOptions {
+                    population: self.population.unwrap_or(pareto.population),
+                    generations: self.generations.unwrap_or(pareto.generations),
+                    least: self.pareto_least.unwrap_or(pareto.least),
+                },
+                pattern: None,
                 evopress_generations: self.generations,
                 evaluations: self.evaluations.unwrap_or(1_000),
                 seed,
             },
             objective: Objective { kind: self.fitness.unwrap_or(recipe.fitness), aggregate: self.aggregate },
-            levels: LevelOptions { importance: self.importance.or(recipe.importance), compensation: self.compensation.or(recipe.compensation) },
+            levels: LevelOptions {
+                importance: self.importance.or(recipe.importance),
+                compensation: self.compensation.or(recipe.compensation),
+                skips: self.skip_compensation.or(recipe.skips),
+            },
             calibration: CalibrationOptions {
                 sequences: self.sequences.unwrap_or(ccds.sequences),
                 sequence_length: self.sequence_length.unwrap_or(ccds.sequence_length.min(context)),
@@ -246,6 +275,7 @@ impl TuningArgs {
             embedder: self.embedder.clone(),
             level_directory: self.levels.clone(),
             savings: Savings { memo: !self.no_memo, prefix: !self.no_prefix, prefix_cache_bytes: self.prefix_cache << 20 },
+            per_cluster: self.per_cluster,
             certify_up_to: self.certify_up_to,
             eval_window: self.eval_window.min(context),
             format: Format::Hf,
@@ -254,11 +284,11 @@ impl TuningArgs {
 }
 
 impl BudgetArgs {
-    /// The budgets; a quarter of the block parameters goes where none is given.
+    /// The budgets that were given.
     ///
     /// # Errors
     /// A fraction outside of 0 to 1.
-    pub fn budgets(&self) -> Result<Vec<Budget>> {
+    pub fn given(&self) -> Result<Vec<Budget>> {
         let mut budgets = Vec::new();
         if let Some(sparsity) = self.sparsity {
             budgets.push(Budget::removing(sparsity)?);
@@ -267,9 +297,6 @@ impl BudgetArgs {
             if let Some(keep) = keep {
                 budgets.push(Budget::new(resource, keep)?);
             }
-        }
-        if budgets.is_empty() {
-            budgets.push(Budget::removing(0.25)?);
         }
         Ok(budgets)
     }

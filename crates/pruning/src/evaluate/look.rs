@@ -19,7 +19,10 @@ impl Evaluator<'_> {
             let mut hidden = decoder.embed(&pack.tokens, &pack.batch)?;
             let mut forwards = 0;
             for s in 0..decoder.last_boundary() {
-                let Some(block) = self.supernet.sub_block(s, pattern.width(s))? else { continue };
+                let Some(block) = self.supernet.sub_block(s, self.supernet.level(pattern, s))? else {
+                    hidden = self.supernet.skip(s, &hidden)?;
+                    continue;
+                };
                 let inputs = decoder.device().with_context(|| decoder.inner(&block, s, &hidden, &pack.batch, &mut NoCache))?;
                 visit(s, &inputs)?;
                 hidden = decoder.device().with_context(|| decoder.add(&block, &hidden, &block.output().forward(&inputs)?))?;

@@ -123,22 +123,45 @@ pub(crate) fn html(outcome: &Outcome) -> String {
     if let Some(correlation) = outcome.found.surrogate_rank_correlation {
         let _ = write!(page, "<p>The surrogate ordered each generation's children with a mean rank correlation of {correlation:.2}.</p>");
     }
+    if !outcome.found.front.is_empty() {
+        page.push_str("<h2>Pareto front</h2>");
+        page.push_str(&plot::front(outcome));
+        page.push_str("<p>The patterns are in front/, each named by what it keeps; <code>evop prune --pattern FILE</code> makes a checkpoint of one.</p>");
+    }
     page.push_str("<h2>Calibration clusters</h2>");
     page.push_str(&plot::clusters(&outcome.calibration.picture, &outcome.calibration.cluster_sizes));
     let _ = write!(page, "<p>Embedder: {}.</p>", escape(&outcome.calibration.embedder));
+    if !outcome.clusters.is_empty() {
+        page.push_str("<h3>A pattern for every cluster</h3><table><tr><th>cluster</th><th>tokens searched on</th><th>held-out tokens</th><th>its own pattern's loss there</th><th>the common one's</th></tr>");
+        for c in &outcome.clusters {
+            let (seen, unseen) = c.tokens;
+            let loss = |of: Option<f64>| of.map_or("none".to_string(), |l| format!("{l:.4}"));
+            let (own, common) = (loss(c.held_out.map(|l| l.0)), loss(c.held_out.map(|l| l.1)));
+            let _ = write!(page, "<tr><td>{}</td><td>{seen}</td><td>{unseen}</td><td>{own}</td><td>{common}</td></tr>", c.cluster);
+        }
+        page.push_str("</table>");
+    }
     if !outcome.levels.is_empty() {
-        page.push_str("<h2>Levels</h2><p>Squared error of a sub-block's update on held-out activations, relative to its energy, at the level that was chosen.</p><table><tr><th>sub-block</th><th>importance</th><th>compensation</th><th>ridge</th><th>width</th><th>raw</th><th>repaired</th></tr>");
-        for level in &outcome.levels {
-            let (_, width) = outcome.widths[level.sub_block];
-            let Some((raw, repaired)) = level.errors.get(&width) else { continue };
-            let name = if level.sub_block.is_multiple_of(2) { "attention" } else { "MLP" };
+        let _ = write!(
+            page,
+            "<h2>Levels</h2><p>Squared error of a sub-block's update on held-out activations, relative to its energy, at the level that was chosen. Skipped sub-blocks are made up for by: {}; a level that absorbs the next ones is refitted to give their updates too.</p><table><tr><th>sub-block</th><th>importance</th><th>compensation</th><th>width</th><th>absorbs</th><th>ridge</th><th>raw</th><th>repaired</th></tr>",
+            outcome.skips
+        );
+        for of in &outcome.levels {
+            let wanted = outcome.pattern_levels[of.sub_block];
+            let Some(level) = of.levels.iter().find(|l| l.level == wanted) else { continue };
+            let name = if of.sub_block.is_multiple_of(2) { "attention" } else { "MLP" };
             let _ = write!(
                 page,
-                "<tr><td>layer {} {name}</td><td>{}</td><td>{}</td><td>{:.0e}</td><td>{width}</td><td>{raw:.4}</td><td>{repaired:.4}</td></tr>",
-                level.sub_block / 2,
-                level.importance,
-                level.compensation,
-                level.ridge
+                "<tr><td>layer {} {name}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.0e}</td><td>{:.4}</td><td>{:.4}</td></tr>",
+                of.sub_block / 2,
+                of.importance,
+                of.compensation,
+                wanted.width,
+                wanted.absorbed,
+                level.ridge,
+                level.raw,
+                level.repaired
             );
         }
         page.push_str("</table>");

@@ -52,6 +52,14 @@ pub(super) fn course(outcome: &Outcome) -> String {
     svg + "</svg>"
 }
 
+/// Loss against what is kept of the first budget's resource.
+pub(super) fn front(outcome: &Outcome) -> String {
+    let points: Vec<(f64, f64)> = outcome.found.front.iter().map(|p| (100.0 * p.kept, p.loss)).collect();
+    let mut svg = String::from("<svg viewBox='0 0 450 240' width='100%' style='max-width:450px' role=img aria-label='Pareto front'>");
+    line(&mut svg, 0.0, &points, "loss by percent kept");
+    svg + "</svg>"
+}
+
 fn line(svg: &mut String, left: f64, points: &[(f64, f64)], title: &str) {
     const WIDTH: f64 = 360.0;
     const HEIGHT: f64 = 170.0;

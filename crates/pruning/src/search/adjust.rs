@@ -29,12 +29,13 @@ pub fn adjust(decoder: &Decoder, adjustment: &Adjustment) -> Result<Decoder> {
     if expected != found {
         return Err(Error::Format(format!("an adjustment of {found} sub-blocks doesn't fit a model of {expected}")));
     }
-    let scaled = |s: usize, factor: f64| decoder.sub_block(s).map(|block| scale(block, factor)).transpose();
-    let blocks = factors.iter().enumerate().map(|(s, factor)| scaled(s, *factor)).collect::<Result<_>>()?;
+    let of = |s: usize, factor: f64| decoder.sub_block(s).map(|block| scaled(block, factor)).transpose();
+    let blocks = factors.iter().enumerate().map(|(s, factor)| of(s, *factor)).collect::<Result<_>>()?;
     Ok(decoder.with_sub_blocks(blocks)?)
 }
 
-fn scale(block: &SubBlock, factor: f64) -> Result<SubBlock> {
+/// A sub-block whose update is multiplied by a factor.
+pub(crate) fn scaled(block: &SubBlock, factor: f64) -> Result<SubBlock> {
     if factor == 1.0 {
         return Ok(block.clone());
     }

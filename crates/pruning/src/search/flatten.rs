@@ -104,7 +104,7 @@ fn choose(evaluator: &mut Evaluator<'_>, decoder: &Decoder, pattern: &Pattern, i
     })?;
     gram.finish();
     let channels = largest(&leverages(&gram)?, shape.ffn)?;
-    let down = Compensation::Refit.repair(&Regression::of_layer(gram, &weight), &weight, &channels, RIDGE)?;
+    let down = Compensation::Refit.repair(&Regression::of_layer(gram, &weight, &[]), &weight, &channels, RIDGE)?;
     Ok(Merge { into, from, groups, channels, down: linalg::to_f32(&down.weight) })
 }
 

@@ -11,6 +11,7 @@ mod greedy;
 mod joint;
 mod merge;
 mod mlp;
+mod pareto;
 mod policy_gradient;
 mod prune_comp;
 mod racing;
@@ -29,16 +30,18 @@ use crate::names::named;
 use crate::objective::Fitness;
 use crate::space::{Genome, SearchSpace, Space};
 use crate::{Error, Result};
-use evop_model::Pattern;
+use evop_model::{Gene, Pattern};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use adjust::scaled;
 pub use adjust::{Adjustment, adjust};
 pub use evop::EvopOptions;
 pub use exhaustive::{Certificate, certify, count_patterns};
 pub use joint::JointOptions;
 pub use merge::Merge;
+pub use pareto::{FrontPoint, ParetoOptions};
 pub use recipe::Recipe;
 
 /// How the pattern is found. Each is named after its paper.
@@ -83,6 +86,10 @@ pub enum Strategy {
     RandomJoint,
     /// Every pattern; certifies the optimum.
     Exhaustive,
+    /// A front of loss against what the first budget counts (NSGA-II); the best point within the budget becomes the checkpoint.
+    Pareto,
+    /// No search: a pattern that is given.
+    Pattern,
 }
 
 named!(Strategy, "joint" => Strategy::Joint, "evop" => Strategy::Evop, "evopress" => Strategy::Evopress, "sleb" => Strategy::Sleb,
@@ -90,7 +97,7 @@ named!(Strategy, "joint" => Strategy::Joint, "evop" => Strategy::Evop, "evopress
        "twossp" => Strategy::Twossp, "policy-gradient" => Strategy::PolicyGradient, "crash" => Strategy::Crash,
        "prune-comp" => Strategy::PruneComp, "flatten" => Strategy::Flatten, "surrogate-shapley" => Strategy::SurrogateShapley,
        "uniform" => Strategy::Uniform, "magnitude" => Strategy::Magnitude, "random" => Strategy::Random,
-       "random-joint" => Strategy::RandomJoint, "exhaustive" => Strategy::Exhaustive);
+       "random-joint" => Strategy::RandomJoint, "exhaustive" => Strategy::Exhaustive, "pareto" => Strategy::Pareto, "pattern" => Strategy::Pattern);
 
 /// What a search needs besides its strategy's own options.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,6 +108,10 @@ pub struct SearchOptions {
     pub joint: JointOptions,
     /// Parameters of `evop`.
     pub evop: EvopOptions,
+    /// Parameters of `pareto`.
+    pub pareto: ParetoOptions,
+    /// The pattern of the strategy of that name.
+    pub pattern: Option<Vec<Gene>>,
     /// Generations of `evopress`, where its published schedule would be longer.
     pub evopress_generations: Option<usize>,
     /// Patterns that `random` and `random-joint` draw, `policy-gradient` samples and `surrogate-shapley` learns from.
@@ -137,6 +148,8 @@ pub struct Found {
     pub elite: Vec<(Pattern, Fitness)>,
     /// A change of weights that belongs to the pattern, where the strategy makes one: apply it with [`adjust`] before the pattern.
     pub adjustment: Option<Adjustment>,
+    /// Loss against cost, by ascending cost, where a whole front was searched.
+    pub front: Vec<FrontPoint>,
     /// Mean rank correlation between what the surrogate predicted of a generation and what was measured, where one was used.
     pub surrogate_rank_correlation: Option<f64>,
 }
@@ -174,7 +187,23 @@ pub fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, options: &Sear
         Strategy::Uniform | Strategy::Magnitude => uniform::search(evaluator, space, options.strategy, on_round),
         Strategy::Random | Strategy::RandomJoint => random::search(evaluator, space, evaluations, seed, on_round),
         Strategy::Exhaustive => exhaustive::search(evaluator, space, on_round),
+        Strategy::Pareto => pareto::search(evaluator, space, &options.pareto, seed, on_round),
+        Strategy::Pattern => given(evaluator, space, options.pattern.as_deref(), on_round),
     }
+}
+
+/// Evaluates the pattern that was given.
+fn given(evaluator: &mut Evaluator<'_>, space: &SearchSpace, genes: Option<&[Gene]>, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
+    let genes = genes.ok_or_else(|| Error::option("--pattern", "expected a file with a pattern".to_string()))?;
+    let pattern = Pattern::new(genes.to_vec(), evaluator.supernet().decoder().config())?;
+    let Some(genome) = space.genome(&pattern) else {
+        let message = "has widths that this space hasn't: expected a pattern found with the same --space, --width-steps and --width-multiple";
+        return Err(Error::option("--pattern", message.to_string()));
+    };
+    if !space.fits(&genome) {
+        return Err(Error::option("--pattern", format!("keeps {:.4?} of what the budgets {:.4?} count", space.totals(&genome), space.costs().budgets())));
+    }
+    one_shot(evaluator, space, &genome, on_round)
 }
 
 /// The number of layers of a space whose units are the model's layers, each of them.
@@ -280,6 +309,7 @@ impl Best {
             fitness,
             history: self.history,
             adjustment: None,
+            front: Vec::new(),
             surrogate_rank_correlation: None,
         })
     }

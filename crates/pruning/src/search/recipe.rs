@@ -1,7 +1,7 @@
 //! What each strategy does beside its search: its space, its loss, its channel order and repair, as its paper has them.
 
 use super::Strategy;
-use crate::compensate::Compensation;
+use crate::compensate::{Compensation, SkipCompensation};
 use crate::importance::Importance;
 use crate::objective::FitnessKind;
 use crate::space::Space;
@@ -17,15 +17,18 @@ pub struct Recipe {
     pub importance: Option<Importance>,
     /// Repair; `None`: chosen on held-out activations.
     pub compensation: Option<Compensation>,
+    /// How skipped sub-blocks are made up for; `None`: chosen on held-out activations.
+    pub skips: Option<SkipCompensation>,
 }
 
 impl Strategy {
     /// The strategy's own choices.
     pub fn recipe(self) -> Recipe {
-        let chosen = |space, fitness| Recipe { space, fitness, importance: None, compensation: None };
-        let fixed = |space, importance, compensation| Recipe { space, fitness: FitnessKind::Nll, importance, compensation: Some(compensation) };
+        let plain = Some(SkipCompensation::None);
+        let chosen = |space, fitness| Recipe { space, fitness, importance: None, compensation: None, skips: plain };
+        let fixed = |space, importance, compensation| Recipe { space, fitness: FitnessKind::Nll, importance, compensation: Some(compensation), skips: plain };
         match self {
-            Self::Joint | Self::RandomJoint => chosen(Space::Joint, FitnessKind::Kl),
+            Self::Joint | Self::RandomJoint | Self::Pareto | Self::Pattern => Recipe { skips: None, ..chosen(Space::Joint, FitnessKind::Kl) },
             Self::Evop | Self::Sleb | Self::Shortgpt | Self::Random | Self::Exhaustive => chosen(Space::Layer, FitnessKind::Nll),
             Self::Crash | Self::PruneComp | Self::Flatten | Self::SurrogateShapley => chosen(Space::Layer, FitnessKind::Nll),
             Self::Evopress | Self::Finercut => chosen(Space::Block, FitnessKind::Kl),

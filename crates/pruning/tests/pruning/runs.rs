@@ -4,9 +4,15 @@ use crate::setting::{options, prune, space, tiny};
 use evop_model::{Checkpoint, DType, Device, Gene, NoCache, Pattern, Span};
 use evop_pruning::Error;
 use evop_pruning::budget::{Budget, Resource};
+use evop_pruning::calibration::Calibration;
+use evop_pruning::compensate::SkipCompensation;
+use evop_pruning::evaluate::{Evaluator, Work};
+use evop_pruning::per_cluster::ClusterPattern;
 use evop_pruning::run::{self, Outcome, PruneOptions, Step};
 use evop_pruning::search::Strategy;
 use evop_pruning::space::Space;
+use evop_pruning::supernet::Supernet;
+use std::collections::HashMap;
 use std::path::Path;
 
 fn whole(directory: &Path, options: &PruneOptions) -> Outcome {
@@ -33,7 +39,9 @@ fn every_strategy_runs_to_a_checkpoint_whose_logits_are_the_masked_parents() {
         (Strategy::Joint, Space::Block),
     ] {
         let directory = tempfile::tempdir().unwrap();
-        let outcome = whole(directory.path(), &options(strategy, space));
+        let mut options = options(strategy, space);
+        options.levels.skips = Some(SkipCompensation::None);
+        let outcome = whole(directory.path(), &options);
         assert!(outcome.kept_of_budgets[0].1 <= 0.75 + 1e-9, "{strategy} {space}");
         assert!(outcome.widths.iter().all(|(whole, kept)| kept == whole || *kept == 0));
         assert!(outcome.pruned.perplexity.is_finite() && outcome.dense.perplexity < outcome.pruned.perplexity);
@@ -53,7 +61,8 @@ fn repaired_widths_beat_every_way_to_drop_whole_sub_blocks_and_are_what_is_writt
     let directory = tempfile::tempdir().unwrap();
     let joint = whole(directory.path(), &options(Strategy::Joint, Space::Joint));
     assert!(joint.widths.iter().any(|(whole, kept)| kept < whole && *kept > 0), "partial widths: {:?}", joint.widths);
-    assert!(joint.levels.iter().all(|l| l.errors.values().all(|(raw, repaired)| repaired <= raw)), "a repair errs less than none");
+    let widths = joint.levels.iter().flat_map(|l| &l.levels).filter(|l| l.level.absorbed == 0);
+    assert!(widths.clone().count() > 0 && widths.clone().all(|l| l.repaired <= l.raw), "a repair errs less than none");
     assert!(!directory.path().join("levels").exists(), "the level database goes at the end");
     for strategy in [Strategy::Sleb, Strategy::Joint] {
         let other = tempfile::tempdir().unwrap();
@@ -182,4 +191,92 @@ fn a_level_database_is_shared_checked_and_mended() {
     let fourth = tempfile::tempdir().unwrap();
     whole(fourth.path(), &options);
     assert_eq!(std::fs::read_dir(levels.path()).unwrap().count(), 2);
+}
+
+#[test]
+fn what_is_skipped_is_made_up_for_and_what_was_scored_is_written() {
+    let run = |skips: Option<SkipCompensation>| {
+        let mut options = options(Strategy::Joint, Space::Block);
+        options.levels.skips = skips;
+        let directory = tempfile::tempdir().unwrap();
+        let outcome = whole(directory.path(), &options);
+        let decoder = Checkpoint::open(directory.path()).unwrap().decoder(&Device::Cpu, DType::F32).unwrap();
+        // the loss of what was written, on the sequences that the search saw
+        let supernet = Supernet::raw(&decoder);
+        let calibration: Calibration = serde_json::from_slice(&std::fs::read(directory.path().join("calibration.json")).unwrap()).unwrap();
+        let (_, dense) = tiny();
+        let reference = Supernet::raw(&dense);
+        let mut evaluator =
+            Evaluator::new(&reference, &calibration.samples(), options.objective, options.savings, HashMap::new(), Work::default(), Box::new(|_, _| Ok(())))
+                .unwrap();
+        let written = evaluator.over(&supernet, |e| e.evaluate(&[Pattern::dense(decoder.config())])).unwrap()[0].loss;
+        let scored = outcome.found.fitness.loss;
+        // (the scales of skipped sub-blocks are moved to other layers and rounded to the checkpoint's bf16)
+        assert!((written - scored).abs() < 0.01 * scored, "{skips:?}: scored {scored}, written {written}");
+        outcome
+    };
+    let plain = run(Some(SkipCompensation::None));
+    assert!(plain.levels.is_empty());
+    let linear = run(Some(SkipCompensation::Linear));
+    assert!(linear.held_out.loss < plain.held_out.loss, "{} {}", linear.held_out.loss, plain.held_out.loss);
+    assert!(linear.pattern_levels.iter().any(|l| l.absorbed > 0));
+    let scale = run(Some(SkipCompensation::Scale));
+    assert!(scale.levels.iter().any(|l| l.scale.is_some_and(|s| s.factor > 1.0)));
+    let chosen = run(None);
+    assert_eq!(chosen.skips, SkipCompensation::Linear, "what leaves least missing");
+    assert_eq!(chosen.found, linear.found);
+}
+
+#[test]
+fn a_front_has_no_point_that_another_beats_and_any_of_it_becomes_a_checkpoint() {
+    let levels = tempfile::tempdir().unwrap();
+    let mut options = options(Strategy::Pareto, Space::Joint);
+    options.level_directory = Some(levels.path().to_path_buf());
+    let directory = tempfile::tempdir().unwrap();
+    let outcome = whole(directory.path(), &options);
+    let front = &outcome.found.front;
+    assert!(front.len() > 5 && front[0].kept < 0.6, "{front:?}");
+    assert!(front.windows(2).all(|w| w[0].kept < w[1].kept && w[0].loss > w[1].loss));
+    assert!(outcome.kept_of_budgets[0].1 <= 0.75 + 1e-9);
+    let html = std::fs::read_to_string(directory.path().join("report.html")).unwrap();
+    assert!(html.contains("Pareto front"));
+    let point = &front[0];
+    let file = directory.path().join("front").join(format!("{:.4}.json", point.kept));
+    options.search.strategy = Strategy::Pattern;
+    options.search.pattern = Some(serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap());
+    let made = tempfile::tempdir().unwrap();
+    let again = whole(made.path(), &options);
+    assert_eq!((&again.found.pattern, again.found.fitness.loss), (&point.pattern, point.loss));
+    // a width that the space hasn't
+    options.search.pattern.as_mut().unwrap()[0].ffn = 13;
+    let error = prune(tempfile::tempdir().unwrap().path(), &options, &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("--pattern") && error.contains("--width-steps"), "{error}");
+}
+
+#[test]
+fn every_cluster_gets_a_pattern_that_suits_it_and_a_stopped_run_finds_the_same() {
+    let mut options = options(Strategy::Sleb, Space::Block);
+    options.per_cluster = true;
+    let directory = tempfile::tempdir().unwrap();
+    let outcome = whole(directory.path(), &options);
+    assert_eq!(outcome.clusters.len(), 4);
+    assert!(outcome.clusters.iter().any(|c| c.pattern != outcome.found.pattern.layers()), "clusters differ");
+    let read = |d: &Path| -> Vec<ClusterPattern> { serde_json::from_slice(&std::fs::read(d.join("clusters.json")).unwrap()).unwrap() };
+    assert_eq!(read(directory.path()).len(), 4);
+    let vectors = candle_core::safetensors::load(directory.path().join("clusters.safetensors"), &Device::Cpu).unwrap();
+    assert_eq!(vectors["vectors"].dims()[0], vectors["clusters"].dims()[0]);
+    let stopped = tempfile::tempdir().unwrap();
+    let error = prune(stopped.path(), &options, &mut |step| {
+        let at = matches!(step, Step::Cluster { cluster: 2, progress, .. } if progress.round == 2);
+        if at { Err(Error::Interrupted(stopped.path().into())) } else { Ok(()) }
+    });
+    assert!(matches!(error, Err(Error::Interrupted(_))));
+    let resumed = prune(stopped.path(), &options, &mut |_| Ok(())).unwrap();
+    let patterns = |clusters: &[ClusterPattern]| clusters.iter().map(|c| c.pattern.clone()).collect::<Vec<_>>();
+    assert_eq!(patterns(&resumed.clusters), patterns(&outcome.clusters));
+    // a strategy that changes weights beside the pattern has none to give
+    options.search.strategy = Strategy::PruneComp;
+    options.space.space = Space::Layer;
+    let error = prune(tempfile::tempdir().unwrap().path(), &options, &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("--per-cluster") && error.contains("prune-comp"), "{error}");
 }

@@ -8,7 +8,7 @@ use evop_pruning::evaluate::{Evaluator, Sample, Savings, Work};
 use evop_pruning::levels::LevelOptions;
 use evop_pruning::objective::{Aggregate, FitnessKind, Objective};
 use evop_pruning::run::{self, Inputs, Outcome, PruneOptions, Run, Step};
-use evop_pruning::search::{EvopOptions, JointOptions, SearchOptions, Strategy};
+use evop_pruning::search::{EvopOptions, JointOptions, ParetoOptions, SearchOptions, Strategy};
 use evop_pruning::space::{Grid, SearchSpace, Space, SpaceOptions};
 use evop_pruning::supernet::Supernet;
 use std::collections::HashMap;
@@ -58,6 +58,8 @@ pub fn search_options(strategy: Strategy) -> SearchOptions {
         strategy,
         joint: JointOptions { generations: 4, offspring: 8, ..Default::default() },
         evop: EvopOptions { population: 20, generations: 15, ..Default::default() },
+        pareto: ParetoOptions { population: 12, generations: 3, ..Default::default() },
+        pattern: None,
         evopress_generations: Some(3),
         evaluations: 100,
         seed: 31,
@@ -69,11 +71,12 @@ pub fn options(strategy: Strategy, space: Space) -> PruneOptions {
         space: space_options(space, 0.25),
         search: search_options(strategy),
         objective: Objective { kind: strategy.recipe().fitness, aggregate: Aggregate::Mean },
-        levels: LevelOptions::default(),
+        levels: LevelOptions { skips: strategy.recipe().skips, ..Default::default() },
         calibration: CalibrationOptions { sequences: 4, sequence_length: 48, clusters: 4, statistics_tokens: 4096, held_out_tokens: 480, ..Default::default() },
         embedder: None,
         level_directory: None,
         savings: Savings::default(),
+        per_cluster: false,
         certify_up_to: 0,
         eval_window: 128,
         format: Format::Hf,

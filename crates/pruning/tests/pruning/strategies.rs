@@ -9,6 +9,8 @@ use evop_pruning::run::Outcome;
 use evop_pruning::search::{self, Adjustment, Found, SearchOptions, Strategy, adjust};
 use evop_pruning::space::Space;
 use evop_pruning::supernet::Supernet;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use std::cell::RefCell;
 use std::collections::HashMap;
 
@@ -32,7 +34,11 @@ fn every_strategy_finds_a_pattern_within_the_budget_and_the_same_again_when_it_i
             let objective = Objective { kind: recipe.fitness, aggregate: Aggregate::Mean };
             let mut evaluator = Evaluator::new(&supernet, &samples()[..1], objective, Savings::default(), known, Work::default(), Box::new(record)).unwrap();
             let mut rounds = 0;
-            let found = search::search(&mut evaluator, &space, &small(*strategy), &mut |progress| {
+            let mut options = small(*strategy);
+            if *strategy == Strategy::Pattern {
+                options.pattern = Some(space.pattern(&space.random(&mut ChaCha8Rng::seed_from_u64(3))).layers().to_vec());
+            }
+            let found = search::search(&mut evaluator, &space, &options, &mut |progress| {
                 rounds += 1;
                 assert!(progress.round == rounds && progress.round <= progress.rounds, "{strategy} {progress:?}");
                 Ok(())
@@ -106,7 +112,7 @@ fn strategies_say_which_space_they_need() {
 fn whole(strategy: Strategy) -> Outcome {
     let recipe = strategy.recipe();
     let mut options = options(strategy, recipe.space);
-    options.levels = LevelOptions { importance: recipe.importance, compensation: recipe.compensation };
+    options.levels = LevelOptions { importance: recipe.importance, compensation: recipe.compensation, skips: recipe.skips };
     let directory = tempfile::tempdir().unwrap();
     prune(directory.path(), &options, &mut |_| Ok(())).unwrap()
 }
