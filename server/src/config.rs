@@ -108,7 +108,7 @@ pub enum DTypeChoice {
     Auto,
     /// 32-bit floats.
     F32,
-    /// 16-bit brain floats (CUDA).
+    /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX).
     Bf16,
 }
 

@@ -50,7 +50,7 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
     }
     let model = checkpoint.config();
     let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
-    let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(dtype.size_in_bytes()), |size| size.0);
+    let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(DType::F32.size_in_bytes()), |size| size.0);
     Ok(MemoryNeed { needed_bytes: model.parameters() * dtype.size_in_bytes() + cache, available_bytes: memory::available_bytes() })
 }
 

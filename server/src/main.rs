@@ -75,6 +75,12 @@ fn main() -> ExitCode {
     let threads = cli.threads.map_or_else(evop_model::device::available_threads, usize::from);
     evop_model::device::set_threads(threads);
 
+    // What only prints ends quietly when its reader does (`evop inspect | head`); a search or a server doesn't end for that.
+    let only_prints = matches!(cli.command, Command::Inspect(_) | Command::Eval(_) | Command::Export(_) | Command::Vocab(_) | Command::Health(_));
+    if only_prints {
+        sigpipe::reset();
+    }
+
     let result = match cli.command {
         Command::Quickstart(args) => commands::quickstart::run(&args),
         Command::Prune(args) => commands::prune::run(&args),

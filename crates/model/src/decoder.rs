@@ -7,7 +7,8 @@ use crate::attention::AttentionSpec;
 use crate::batch::{Batch, Span};
 use crate::cache::KvCache;
 use crate::config::{Config, LayerShape, Positions};
-use crate::linear::{Linear, Norm};
+use crate::device::compute_dtype;
+use crate::linear::{Linear, Norm, Types};
 use crate::pattern::{Gene, Pattern};
 use crate::source::{Source, TensorNames};
 use crate::sub_block::{Inner, SubBlock};
@@ -27,7 +28,7 @@ pub struct Decoder {
     pub(crate) final_norm: Option<Norm>,
     pub(crate) head: Linear,
     device: Device,
-    dtype: DType,
+    types: Types,
 }
 
 impl Decoder {
@@ -36,18 +37,17 @@ impl Decoder {
     /// # Errors
     /// [`Error::Tensor`] for a missing, misshapen or non-finite tensor; [`Error::Device`] for a dtype that the device can't compute in.
     pub fn load(config: &Config, source: &dyn Source, device: &Device, dtype: DType) -> Result<Self> {
-        if device.is_cpu() && dtype != DType::F32 {
-            return Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: use f32 (bf16 and f16 checkpoints are widened exactly)")));
-        }
+        compute_dtype(device, Some(dtype))?;
+        let types = Types::on(device, dtype);
         let names = TensorNames::of(config.architecture);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let embedding = source.load(names.embedding(), &[vocab, hidden], dtype, device)?;
         let positions = match config.positions {
-            Positions::Learned { offset } => Some(source.load(names.positions(), &[config.max_position_embeddings + offset, hidden], dtype, device)?),
+            Positions::Learned { offset } => Some(source.load(names.positions(), &[config.max_position_embeddings + offset, hidden], types.compute, device)?),
             Positions::Rope(_) => None,
         };
-        let norm = |name: &str, width: usize| Norm::load(source, name, width, config.norm, config.norm_eps, dtype, device);
-        let linear = |name: String, out: usize, input: usize, bias: bool| Linear::load(source, &name, out, input, bias, dtype, device);
+        let norm = |name: &str, width: usize| Norm::load(source, name, width, config.norm, config.norm_eps, types.compute, device);
+        let linear = |name: String, out: usize, input: usize, bias: bool| Linear::load(source, &name, [out, input], bias, &types, device);
         let d = config.head_dim;
         let mut sub_blocks = Vec::with_capacity(2 * config.num_layers());
         for (l, layer) in config.layers.iter().enumerate() {
@@ -56,7 +56,7 @@ impl Decoder {
             sub_blocks.push(if kv_groups == 0 {
                 None
             } else {
-                let head_norm = |name: String| Norm::load(source, &name, d, crate::NormKind::Rms, config.norm_eps, dtype, device);
+                let head_norm = |name: String| Norm::load(source, &name, d, crate::NormKind::Rms, config.norm_eps, types.compute, device);
                 Some(SubBlock {
                     norm: norm(&names.attention_norm(l), hidden)?,
                     inner: Inner::Attention {
@@ -85,7 +85,7 @@ impl Decoder {
         }
         let final_norm = if config.pre_norm { Some(norm(names.final_norm(), hidden)?) } else { None };
         let head = if config.tie_word_embeddings { Linear::new(embedding.clone(), None)? } else { linear(names.head().to_string(), vocab, hidden, false)? };
-        Ok(Self { config: config.clone(), embedding, positions, sub_blocks, final_norm, head, device: device.clone(), dtype })
+        Ok(Self { config: config.clone(), embedding, positions, sub_blocks, final_norm, head, device: device.clone(), types })
     }
 
     /// The same weights under a pattern: views, no copies.
@@ -121,9 +121,14 @@ impl Decoder {
         &self.device
     }
 
-    /// What it computes in.
+    /// What it computes in: the type of activations and caches.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.types.compute
+    }
+
+    /// What its matrices are held in.
+    pub fn weight_dtype(&self) -> DType {
+        self.types.weights
     }
 
     /// Sub-block `s` (0: attention of layer 0, 1: its MLP, 2: attention of layer 1, …), `None` where it is absent.
@@ -147,7 +152,7 @@ impl Decoder {
                 return Err(Error::Input(format!("position {} is beyond the model's {limit} learned positions", span.past + span.len - 1)));
             }
         }
-        Batch::new(&self.config, spans, self.dtype, &self.device)
+        Batch::new(&self.config, spans, self.dtype(), &self.device)
     }
 
     /// Token embeddings (plus learned positions), [tokens, hidden].
@@ -162,7 +167,7 @@ impl Decoder {
             return Err(Error::Input(format!("token id {token} is beyond the vocabulary of {}", self.config.vocab_size)));
         }
         let ids = Tensor::from_slice(tokens, tokens.len(), &self.device)?;
-        let hidden = self.embedding.index_select(&ids, 0)?;
+        let hidden = self.embedding.index_select(&ids, 0)?.to_dtype(self.dtype())?;
         match (&self.positions, &batch.position_ids) {
             (Some(table), Some(rows)) => Ok((hidden + table.index_select(rows, 0)?)?),
             _ => Ok(hidden),

@@ -62,19 +62,18 @@ impl DeviceChoice {
     }
 }
 
-/// The number type to compute in: `None` picks f32 on the CPU and bf16 on CUDA.
+/// The number type to hold a model in: `None` picks f32 on the CPU and bf16 on CUDA. On the CPU bf16 is for matrices; sums, activations and caches
+/// are f32 there.
 ///
 /// # Errors
-/// [`Error::Device`] for a type that the device can't compute in.
+/// [`Error::Device`] for a type that the device can't compute with.
 pub fn compute_dtype(device: &Device, asked: Option<DType>) -> Result<DType> {
     match asked {
         None if device.is_cpu() => Ok(DType::F32),
         None => Ok(DType::BF16),
-        Some(DType::F32) => Ok(DType::F32),
+        Some(dtype @ (DType::F32 | DType::BF16)) => Ok(dtype),
         Some(dtype) if !device.is_cpu() => Ok(dtype),
-        Some(dtype) => {
-            Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: use --dtype f32 (bf16 and f16 checkpoints are widened exactly)")))
-        }
+        Some(dtype) => Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: expected f32 or bf16"))),
     }
 }
 

@@ -7,6 +7,22 @@ use crate::source::{Source, bias_of};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops;
 
+/// What a model is held and computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Types {
+    /// The matrices.
+    pub weights: DType,
+    /// Everything else: activations, norms, biases, caches.
+    pub compute: DType,
+}
+
+impl Types {
+    /// The same type for both, but on the CPU, where bf16 matrices are multiplied into f32 sums.
+    pub fn on(device: &Device, dtype: DType) -> Self {
+        Self { weights: dtype, compute: if device.is_cpu() { DType::F32 } else { dtype } }
+    }
+}
+
 /// y = x W^T + b.
 #[derive(Debug, Clone)]
 pub struct Linear {
@@ -17,11 +33,11 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Loads `name` (`….weight`) of shape [out, in] and its bias, which must be there when `bias` says so.
-    pub(crate) fn load(source: &dyn Source, name: &str, out: usize, input: usize, bias: bool, dtype: DType, device: &Device) -> Result<Self> {
-        let weight = source.load(name, &[out, input], dtype, device)?;
+    /// Loads `name` (`….weight`) of shape [out, in] as `weights` and its bias, which must be there when `bias` says so, as `compute`.
+    pub(crate) fn load(source: &dyn Source, name: &str, [out, input]: [usize; 2], bias: bool, types: &Types, device: &Device) -> Result<Self> {
+        let weight = source.load(name, &[out, input], types.weights, device)?;
         let bias_name = bias_of(name);
-        let bias = if bias || source.shape(&bias_name).is_some() { Some(source.load(&bias_name, &[out], dtype, device)?) } else { None };
+        let bias = if bias || source.shape(&bias_name).is_some() { Some(source.load(&bias_name, &[out], types.compute, device)?) } else { None };
         Ok(Self { weight, bias })
     }
 

@@ -140,6 +140,9 @@ impl Cross {
             *sum += y.col(o).iter().sum::<f64>();
             self.energy += y.col(o).iter().map(|v| v * v).sum::<f64>();
         }
+        if !self.energy.is_finite() {
+            return Err(Error::Activations("an element is not finite".to_string()));
+        }
         Ok(())
     }
 

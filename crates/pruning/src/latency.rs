@@ -2,48 +2,61 @@
 
 use crate::Result;
 use crate::budget::LatencyTable;
-use evop_model::{Decoder, NoCache, Span, Tensor};
+use evop_model::{AttentionSpec, Decoder, NoCache, Span, SubBlock, Tensor};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
 /// Passes that are timed; the median counts.
 const PASSES: usize = 15;
 
-/// Measures every sub-block at every width (0 takes no time).
+/// What decides a sub-block's time: the attention's shape or that it is an MLP, and the width.
+type Shape = (Option<AttentionSpec>, usize);
+
+/// Measures every sub-block at every width (0 takes no time). Sub-blocks of one shape share the median of all their passes: what noise there is
+/// must not make a search prefer one layer to another.
 ///
 /// # Errors
 /// [`crate::Error::Model`] when the device fails; whatever `on` returns.
 pub(crate) fn measure(decoder: &Decoder, widths: &[Vec<usize>], on: &mut dyn FnMut(usize, usize) -> Result<()>) -> Result<LatencyTable> {
     let batch = decoder.batch(&[Span::prompt(1)])?;
     let hidden = decoder.embed(&[0], &batch)?;
-    let mut milliseconds = Vec::with_capacity(widths.len());
+    let mut passes: Vec<(Shape, Vec<f64>)> = Vec::new();
+    let shape = |block: &SubBlock, width: usize| -> Shape { (block.attention().copied(), width) };
     for (s, of_block) in widths.iter().enumerate() {
         on(s, widths.len())?;
-        let mut table = BTreeMap::new();
-        if let Some(block) = decoder.sub_block(s) {
-            for width in of_block.iter().filter(|w| **w > 0) {
-                let narrow = block.narrowed(*width)?;
-                // a view has rows as far apart as the whole matrix: a copy is what a checkpoint will have
-                let order: Vec<usize> = (0..*width).collect();
-                let narrow = if narrow.width() < block.width() { block.reordered(&order)? } else { narrow };
-                let mut times: Vec<f64> = (0..PASSES + 2)
-                    .map(|_| {
-                        let started = Instant::now();
-                        let after = decoder.device().with_context(|| decoder.apply(&narrow, s, &hidden, &batch, &mut NoCache))?;
-                        synchronise(&after)?;
-                        Ok(started.elapsed().as_secs_f64() * 1e3)
-                    })
-                    .collect::<Result<_>>()?;
-                // the first passes warm caches up
-                times.drain(..2);
-                times.sort_by(f64::total_cmp);
-                table.insert(*width, times[PASSES / 2]);
+        let Some(block) = decoder.sub_block(s) else { continue };
+        for width in of_block.iter().filter(|w| **w > 0) {
+            // a view has rows as far apart as the whole matrix: a copy is what a checkpoint will have
+            let order: Vec<usize> = (0..*width).collect();
+            let narrow = if *width < block.width() { block.reordered(&order)? } else { block.clone() };
+            let mut times: Vec<f64> = (0..PASSES + 2)
+                .map(|_| {
+                    let started = Instant::now();
+                    let after = decoder.device().with_context(|| decoder.apply(&narrow, s, &hidden, &batch, &mut NoCache))?;
+                    synchronise(&after)?;
+                    Ok(started.elapsed().as_secs_f64() * 1e3)
+                })
+                .collect::<Result<_>>()?;
+            // the first passes warm caches up
+            times.drain(..2);
+            let shape = shape(block, *width);
+            match passes.iter_mut().find(|(known, _)| *known == shape) {
+                Some((_, all)) => all.append(&mut times),
+                None => passes.push((shape, times)),
             }
         }
-        milliseconds.push(table);
     }
+    for (_, times) in &mut passes {
+        times.sort_by(f64::total_cmp);
+    }
+    let median = |shape: Shape| passes.iter().find(|(known, _)| *known == shape).map_or(0.0, |(_, times)| times[times.len() / 2]);
+    let of_block = |(s, of_block): (usize, &Vec<usize>)| -> BTreeMap<usize, f64> {
+        let present = |block: &SubBlock| of_block.iter().filter(|w| **w > 0).map(|w| (*w, median(shape(block, *w)))).collect();
+        decoder.sub_block(s).map(present).unwrap_or_default()
+    };
+    let mut milliseconds: Vec<BTreeMap<usize, f64>> = widths.iter().enumerate().map(of_block).collect();
     monotone(&mut milliseconds);
-    let description = format!("{:?}, one token of one sequence, median of {PASSES} passes", decoder.device().location());
+    let description = format!("{:?}, one token of one sequence, medians of {PASSES} passes a sub-block", decoder.device().location());
     Ok(LatencyTable { description, milliseconds })
 }
 

@@ -252,10 +252,10 @@ impl Levels {
         let path = self.file(s);
         // SAFETY: the file was written by rename and is not changed after
         let tensors = unsafe { candle_core::safetensors::MmapedSafetensors::new(&path)? };
-        let load = |name: String| -> Result<Tensor> { Ok(tensors.load(&name, decoder.device())?.to_dtype(decoder.dtype())?) };
+        let load = |name: String, dtype: DType| -> Result<Tensor> { Ok(tensors.load(&name, decoder.device())?.to_dtype(dtype)?) };
         let has_bias = report.compensation == Compensation::Bias && level.absorbed == 0;
-        let bias = if has_bias { Some(load(format!("bias.{}", level.width))?) } else { None };
-        Ok(Some(Linear::new(load(format!("weight.{}.{}", level.width, level.absorbed))?, bias)?))
+        let bias = if has_bias { Some(load(format!("bias.{}", level.width), decoder.dtype())?) } else { None };
+        Ok(Some(Linear::new(load(format!("weight.{}.{}", level.width, level.absorbed), decoder.weight_dtype())?, bias)?))
     }
 
     fn file(&self, s: usize) -> PathBuf {
@@ -324,6 +324,17 @@ impl Levels {
     }
 }
 
+/// An error about activations with the place where they are.
+fn named(error: Error, s: usize, what: &str) -> Error {
+    match error {
+        Error::Activations(why) => {
+            let name = if s.is_multiple_of(2) { "o_proj" } else { "down_proj" };
+            Error::Activations(format!("layer {}, {what} of {name}: {why}; the weights or the calibration text are damaged", s / 2))
+        }
+        other => other,
+    }
+}
+
 /// SHA-256 of sequences of tokens.
 pub fn tokens_sha256<'a>(sequences: impl Iterator<Item = &'a Vec<u32>>) -> String {
     let mut hash = Sha256::new();
@@ -362,17 +373,17 @@ impl Statistics {
     /// Runs `block` in the place of sub-block `s` over a stream and looks at it.
     fn watch(stream: &mut Stream, decoder: &Decoder, block: &SubBlock, s: usize, followers: &[usize]) -> Result<Self> {
         let mut statistics = Self::new(block.output().inputs(), block.output().outputs(), followers.len());
-        stream.advance(decoder, block, s, |passage| statistics.add(decoder, passage, followers))?;
+        stream.advance(decoder, block, s, |passage| statistics.add(decoder, passage, s, followers))?;
         statistics.gram.finish();
         Ok(statistics)
     }
 
-    fn add(&mut self, decoder: &Decoder, passage: &Passage<'_>, followers: &[usize]) -> Result<()> {
-        self.gram.add(passage.inputs, passage.batch.spans())?;
+    fn add(&mut self, decoder: &Decoder, passage: &Passage<'_>, s: usize, followers: &[usize]) -> Result<()> {
+        self.gram.add(passage.inputs, passage.batch.spans()).map_err(|e| named(e, s, "inputs"))?;
         let mut after = passage.after.clone();
         for (cross, s) in self.following.iter_mut().zip(followers) {
             after = decoder.device().with_context(|| decoder.forward_range(after, *s..s + 1, passage.batch, &mut NoCache))?;
-            cross.add(passage.inputs, &(&after - passage.after)?)?;
+            cross.add(passage.inputs, &(&after - passage.after)?).map_err(|e| named(e, *s, "outputs"))?;
         }
         let rows = |t: &Tensor| -> Result<Vec<Vec<f32>>> { Ok(t.to_dtype(DType::F32)?.to_vec2::<f32>()?) };
         for (before, after) in rows(passage.before)?.iter().zip(&rows(passage.after)?) {

@@ -186,7 +186,7 @@ fn row(setting: &Setting<'_>, strategy: Strategy, sparsity: f64, budget: Budget,
         let report = std::fs::read(directory.join("report.json")).with_context(|| directory.display().to_string())?;
         let report: serde_json::Value = serde_json::from_slice(&report)?;
         let pruned = Checkpoint::open(&directory)?;
-        let decoder = pruned.decoder(setting.decoder.device(), setting.decoder.dtype())?;
+        let decoder = pruned.decoder(setting.decoder.device(), setting.decoder.weight_dtype())?;
         let (perplexity, tasks) = measure(setting, &decoder, pruned.tokenizer())?;
         let pair = |name: &str| -> Result<f64> {
             let (before, after): (f64, f64) = serde_json::from_value(report[name].clone())?;

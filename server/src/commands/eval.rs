@@ -99,6 +99,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     for file in measured.filter(|file| provenance.is_some_and(|p| calibrated_on(p, file))) {
         eprintln!("warning: {}: the checkpoint was calibrated on a text of this name: what it was calibrated on says little of other texts", file.display());
     }
+    if summary.perplexity.is_some() && provenance.is_some_and(|p| p.get("vocabulary").is_some_and(|v| !v.is_null())) {
+        eprintln!("warning: the checkpoint's vocabulary was cut: its perplexity is over fewer and other tokens than its parent's, and not comparable");
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&summary)?);
     } else {

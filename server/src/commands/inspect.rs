@@ -154,7 +154,7 @@ fn row(name: &str, part: &Part) {
 
 /// Whatever of these `evop.json` has.
 fn print_provenance(provenance: &Value) {
-    const FIELDS: [(&str, &str); 11] = [
+    const FIELDS: [(&str, &str); 12] = [
         ("pruned from", "/parent/model"),
         ("its tensors' SHA-256", "/parent/sha256"),
         ("strategy", "/strategy"),
@@ -163,6 +163,7 @@ fn print_provenance(provenance: &Value) {
         ("compensation", "/compensation"),
         ("seed", "/seed"),
         ("calibration corpora", "/calibration/corpora"),
+        ("vocabulary cut", "/vocabulary"),
         ("loss", "/loss"),
         ("held-out perplexity", "/held_out_perplexity"),
         ("evop", "/evop_version"),

@@ -21,6 +21,8 @@ pub fn run(args: &PruneArgs) -> Result<()> {
     match prune(args, &mut display) {
         Ok((directory, outcome)) => {
             display.done(&directory);
+            // everything is written: a reader that has gone ends the printing, not in a panic
+            sigpipe::reset();
             if args.json {
                 println!("{}", serde_json::to_string_pretty(&outcome)?);
             } else if !display.is_json() {

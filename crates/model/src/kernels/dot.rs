@@ -37,7 +37,7 @@ impl RowMajor {
 pub(crate) unsafe fn block(a: RowMajor, m: usize, b: RowMajor, n: usize, k: usize, out: *mut f32, out_stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if has_avx2() {
-        if m >= avx512::TILE_A && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
+        if m >= avx512::TILE_A && has_avx512() {
             // SAFETY: the features were just checked; pointers by the caller
             return unsafe { avx512::block(a, m, b, n, k, out, out_stride) };
         }
@@ -70,6 +70,11 @@ pub(crate) unsafe fn weighted_sum(weights: &[f32], rows: RowMajor, out: &mut [f3
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_avx2() -> bool {
     std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx512() -> bool {
+    has_avx2() && std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512dq")
 }
 
 mod portable {

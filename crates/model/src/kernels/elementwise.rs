@@ -1,6 +1,6 @@
 //! exp without libm, and what is built on it: softmax rows and silu(gate) * up.
 
-use super::{SharedOut, with_slice};
+use super::{SharedOut, filled, with_slice};
 use crate::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -10,46 +10,83 @@ use rayon::prelude::*;
 pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
+    /// 1.5 * 2^23: a number added to it is rounded to an integer, which then lies in the lowest bits.
+    const ROUNDER: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.3, 88.0);
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUNDER);
+    let n = shifted - ROUNDER;
     let r = n.mul_add(-LN2_LO, n.mul_add(-LN2_HI, clamped));
     let mut p = 1.987_569_1e-4f32;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p.mul_add(r, c);
     }
     let y = (p * r).mul_add(r, r) + 1.0;
-    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
     if x < -87.3 { 0.0 } else { y * scale }
 }
 
-/// Replaces scores by their softmax. The sum runs in eight lanes from the row's start, whatever the row's length.
-pub(crate) fn softmax(row: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if super::dot::has_avx2() {
-        // SAFETY: the features were just checked
-        return unsafe { softmax_avx2(row) };
-    }
-    softmax_body(row);
+/// Sums and maxima run in this many lanes from the row's start, whatever the row's length and the registers' width.
+const LANES: usize = 16;
+
+/// Runs a body compiled for the widest registers that the processor has.
+macro_rules! widest {
+    ($name:ident, $body:ident, ($($arg:ident: $type:ty),*) $(-> $out:ty)?) => {
+        pub(crate) fn $name($($arg: $type),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+                fn avx512($($arg: $type),*) $(-> $out)? {
+                    $body($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $type),*) $(-> $out)? {
+                    $body($($arg),*)
+                }
+                if super::dot::has_avx512() {
+                    // SAFETY: the features were just checked
+                    return unsafe { avx512($($arg),*) };
+                }
+                if super::dot::has_avx2() {
+                    // SAFETY: the features were just checked
+                    return unsafe { avx2($($arg),*) };
+                }
+            }
+            $body($($arg),*)
+        }
+    };
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn softmax_avx2(row: &mut [f32]) {
-    softmax_body(row);
+// Replaces scores by their softmax.
+widest!(softmax, softmax_body, (row: &mut [f32]));
+// ln(sum(exp(row))): f32 lanes within blocks of 1,024, the blocks added in f64, since a vocabulary has too many terms for an f32 sum.
+widest!(log_sum_exp, log_sum_exp_body, (row: &[f32]) -> f32);
+// silu(gate) * up.
+widest!(silu_mul_chunk, silu_mul_body, (gate: &[f32], up: &[f32], out: &mut [f32]));
+
+/// The lanes added as a fixed tree.
+#[inline(always)]
+fn total(lanes: [f32; LANES]) -> f32 {
+    let mut lanes = lanes;
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0]
 }
 
 #[inline(always)]
 fn softmax_body(row: &mut [f32]) {
     let max = maximum(row);
-    let mut lanes = [0f32; 8];
-    let mut chunks = row.chunks_exact_mut(8);
+    let mut lanes = [0f32; LANES];
+    let mut chunks = row.chunks_exact_mut(LANES);
     for chunk in &mut chunks {
-        for lane in 0..8 {
+        for lane in 0..LANES {
             chunk[lane] = exp(chunk[lane] - max);
             lanes[lane] += chunk[lane];
         }
     }
-    let mut sum: f32 = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    let mut sum = total(lanes);
     for v in chunks.into_remainder() {
         *v = exp(*v - max);
         sum += *v;
@@ -60,48 +97,32 @@ fn softmax_body(row: &mut [f32]) {
     }
 }
 
-/// ln(sum(exp(row))): f32 lanes within blocks of 1,024, the blocks added in f64, since a vocabulary has too many terms for an f32 sum.
-pub(crate) fn log_sum_exp(row: &[f32]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    if super::dot::has_avx2() {
-        // SAFETY: the features were just checked
-        return unsafe { log_sum_exp_avx2(row) };
-    }
-    log_sum_exp_body(row)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn log_sum_exp_avx2(row: &[f32]) -> f32 {
-    log_sum_exp_body(row)
-}
-
 #[inline(always)]
 fn log_sum_exp_body(row: &[f32]) -> f32 {
     let max = maximum(row);
-    let mut total = 0f64;
+    let mut sum = 0f64;
     for block in row.chunks(1024) {
-        let mut lanes = [0f32; 8];
-        let chunks = block.chunks_exact(8);
+        let mut lanes = [0f32; LANES];
+        let chunks = block.chunks_exact(LANES);
         let rest: f32 = chunks.remainder().iter().map(|v| exp(*v - max)).sum();
         for chunk in chunks {
-            for lane in 0..8 {
+            for lane in 0..LANES {
                 lanes[lane] += exp(chunk[lane] - max);
             }
         }
-        total += f64::from(rest + ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])));
+        sum += f64::from(rest + total(lanes));
     }
-    (f64::from(max) + total.ln()) as f32
+    (f64::from(max) + sum.ln()) as f32
 }
 
 /// The largest element; NaN only if all are.
 #[inline(always)]
 fn maximum(row: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 8];
-    let chunks = row.chunks_exact(8);
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, v| m.max(*v));
     for chunk in chunks {
-        for lane in 0..8 {
+        for lane in 0..LANES {
             lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
         }
     }
@@ -110,8 +131,7 @@ fn maximum(row: &[f32]) -> f32 {
 
 /// silu(gate) * up on the CPU, one pass; both [rows, ffn].
 pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let mut out = vec![0f32; gate.elem_count()];
-    with_slice(gate, |gate| with_slice(up, |up| silu_mul_slices(gate, up, &mut out)))??;
+    let out = filled(gate.elem_count(), |out| with_slice(gate, |gate| with_slice(up, |up| silu_mul_slices(gate, up, out)))?)?;
     Ok(Tensor::from_vec(out, gate.shape(), gate.device())?)
 }
 
@@ -128,21 +148,6 @@ fn silu_mul_slices(gate: &[f32], up: &[f32], out: &mut [f32]) {
         return task(0);
     }
     (0..gate.len().div_ceil(CHUNK)).into_par_iter().for_each(|i| task(i * CHUNK));
-}
-
-fn silu_mul_chunk(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if super::dot::has_avx2() {
-        // SAFETY: the features were just checked
-        return unsafe { silu_mul_avx2(gate, up, out) };
-    }
-    silu_mul_body(gate, up, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn silu_mul_avx2(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    silu_mul_body(gate, up, out);
 }
 
 #[inline(always)]

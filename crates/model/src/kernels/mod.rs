@@ -4,6 +4,8 @@
 //! the sum, never by how many rows, columns or threads there are. A sequence therefore gets the same tokens alone and
 //! in a batch, in one prefill chunk and in several, on one thread and on many.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 pub(crate) mod attention;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
@@ -11,6 +13,7 @@ pub mod matmul;
 
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
+use half::bf16;
 
 /// Calls `f` with the elements of an f32 CPU tensor, without a copy where it is contiguous.
 ///
@@ -23,6 +26,30 @@ pub fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> 
         (Storage::Cpu(CpuStorage::F32(values)), Some((start, end))) => Ok(f(&values[start..end])),
         _ => Err(crate::Error::Device(format!("a CPU kernel was given a {:?} tensor on {:?}", tensor.dtype(), tensor.device()))),
     }
+}
+
+/// Calls `f` with a bf16 CPU matrix [out, in] (in-adjacent elements; rows may be longer than `in`) from its first element on, and its rows' stride.
+pub(crate) fn with_bf16_rows<T>(matrix: &Tensor, f: impl FnOnce(&[bf16], usize) -> T) -> Result<T> {
+    let strides = matrix.stride();
+    let matrix = if strides[1] == 1 || matrix.dims()[1] == 1 { matrix.clone() } else { matrix.contiguous()? };
+    let stride = matrix.stride()[0];
+    let (storage, layout) = matrix.storage_and_layout();
+    let Storage::Cpu(CpuStorage::BF16(values)) = &*storage else {
+        return Err(crate::Error::Device(format!("a CPU kernel was given a {:?} matrix on {:?}", matrix.dtype(), matrix.device())));
+    };
+    Ok(f(&values[layout.start_offset()..], stride))
+}
+
+/// A vector of `len` elements, all of which `fill` writes: the memory is not cleared before.
+pub(crate) fn filled(len: usize, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Vec<f32>> {
+    let mut values: Vec<f32> = Vec::with_capacity(len);
+    // SAFETY: the kernels write every element and read none; any bits are an f32
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        values.set_len(len);
+    }
+    fill(&mut values)?;
+    Ok(values)
 }
 
 /// Appends a tensor's elements to a vector.

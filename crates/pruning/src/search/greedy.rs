@@ -39,7 +39,7 @@ pub(super) fn search(
         best.offer(&patterns, &fitness);
         best.end_round(rounds, evaluator, on_round)?;
         // no removal leaves a finite loss: there is nothing to go on from
-        let Some(chosen) = best.found.as_ref().and_then(|(pattern, _)| patterns.iter().position(|p| p == pattern)) else { break };
+        let Some(chosen) = best.found.first().and_then(|(pattern, _)| patterns.iter().position(|p| p == pattern)) else { break };
         genome.clone_from(&less[chosen]);
         left.remove(chosen);
     }

@@ -7,7 +7,7 @@
 use super::racing::{self, race};
 use super::seeds::{Sensitivities, grow, seeds, shrink};
 use super::surrogate::{Surrogate, rank_correlation};
-use super::{Best, Found, Progress, round_rng};
+use super::{Best, ELITE, Found, Progress, round_rng};
 use crate::evaluate::Evaluator;
 use crate::objective::Fitness;
 use crate::space::{Genome, SearchSpace};
@@ -40,7 +40,7 @@ pub struct JointOptions {
 
 impl Default for JointOptions {
     fn default() -> Self {
-        Self { generations: 60, offspring: 32, elite: 4, patience: 12, racing: true, seeds: true, surrogate: true }
+        Self { generations: 60, offspring: 32, elite: ELITE, patience: 12, racing: true, seeds: true, surrogate: true }
     }
 }
 

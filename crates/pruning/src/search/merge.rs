@@ -112,7 +112,7 @@ pub(super) fn doubled(decoder: &Decoder, into: usize, from: usize) -> Result<Dec
     let taken = config.layers[from].shape;
     let shape = &mut config.layers[into].shape;
     (shape.kv_groups, shape.ffn) = (shape.kv_groups + taken.kv_groups, shape.ffn + taken.ffn);
-    Ok(Decoder::load(&config, &Overlaid { base: &base, tensors }, decoder.device(), decoder.dtype())?)
+    Ok(Decoder::load(&config, &Overlaid { base: &base, tensors }, decoder.device(), decoder.weight_dtype())?)
 }
 
 /// Says that every tensor is stored in f32: a decoder read through it loses nothing.

@@ -257,6 +257,9 @@ fn one_shot(evaluator: &mut Evaluator<'_>, space: &SearchSpace, genome: &[u8], o
     best.finish()
 }
 
+/// Patterns that a search with many to choose from offers to the choice on held-out text.
+const ELITE: usize = 4;
+
 /// A loss to sort by: what isn't a number is the worst.
 fn rankable(loss: f64) -> f64 {
     if loss.is_finite() { loss } else { f64::INFINITY }
@@ -269,48 +272,51 @@ fn round_rng(seed: u64, round: usize) -> ChaCha8Rng {
     rng
 }
 
-/// Keeps the best pattern of all rounds; ties go to the earlier one.
+/// Keeps the best patterns of all rounds; ties go to the earlier one.
 struct Best {
-    found: Option<(Pattern, Fitness)>,
+    /// Best first.
+    found: Vec<(Pattern, Fitness)>,
+    /// How many are kept for a choice on held-out text.
+    most: usize,
     history: Vec<Round>,
 }
 
 impl Best {
+    /// Keeps one.
     fn new() -> Self {
-        Self { found: None, history: Vec::new() }
+        Self::of(1)
+    }
+
+    /// Keeps up to `most`.
+    fn of(most: usize) -> Self {
+        Self { found: Vec::new(), most, history: Vec::new() }
     }
 
     /// Forgets the best, not the history: a step that goes on from the last one's choice competes with itself alone.
     fn restart(&mut self) {
-        self.found = None;
+        self.found.clear();
     }
 
     fn offer(&mut self, patterns: &[Pattern], fitness: &[Fitness]) {
-        for (pattern, fitness) in patterns.iter().zip(fitness) {
-            let better = self.found.as_ref().is_none_or(|(_, best)| fitness.loss < best.loss);
-            if better && fitness.loss.is_finite() {
-                self.found = Some((pattern.clone(), fitness.clone()));
+        for (pattern, fitness) in patterns.iter().zip(fitness).filter(|(_, f)| f.loss.is_finite()) {
+            if self.found.iter().any(|(known, _)| known == pattern) {
+                continue;
             }
+            let place = self.found.partition_point(|(_, better)| better.loss <= fitness.loss);
+            self.found.insert(place, (pattern.clone(), fitness.clone()));
+            self.found.truncate(self.most);
         }
     }
 
     fn end_round(&mut self, rounds: usize, evaluator: &Evaluator<'_>, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<()> {
-        let best_loss = self.found.as_ref().map_or(f64::INFINITY, |(_, f)| f.loss);
+        let best_loss = self.found.first().map_or(f64::INFINITY, |(_, f)| f.loss);
         let work = evaluator.work();
         self.history.push(Round { best_loss, block_forwards: work.block_forwards, evaluated: work.evaluated });
         on_round(Progress { round: self.history.len(), rounds, best_loss, evaluated: work.evaluated, requested: work.requested })
     }
 
     fn finish(self) -> Result<Found> {
-        let (pattern, fitness) = self.found.ok_or(Error::NotFinite(f64::NAN))?;
-        Ok(Found {
-            elite: vec![(pattern.clone(), fitness.clone())],
-            pattern,
-            fitness,
-            history: self.history,
-            adjustment: None,
-            front: Vec::new(),
-            surrogate_rank_correlation: None,
-        })
+        let (pattern, fitness) = self.found.first().cloned().ok_or(Error::NotFinite(f64::NAN))?;
+        Ok(Found { elite: self.found, pattern, fitness, history: self.history, adjustment: None, front: Vec::new(), surrogate_rank_correlation: None })
     }
 }

@@ -5,7 +5,7 @@
 //! single units up or down, so they land at any cost; all other budgets hold for every point.
 
 use super::seeds::{Sensitivities, seeds};
-use super::{Best, Found, Progress, round_rng};
+use super::{Best, ELITE, Found, Progress, round_rng};
 use crate::evaluate::Evaluator;
 use crate::space::{Genome, SearchSpace};
 use crate::{Error, Result};
@@ -80,7 +80,7 @@ pub(super) fn search(
     for i in 0..TARGETS {
         children.extend(seeds(&space.with_first_budget(target(i)), &sensitivities).into_iter().take(SEEDS_EACH));
     }
-    let mut best = Best::new();
+    let mut best = Best::of(ELITE);
     let mut seen: BTreeSet<Genome> = BTreeSet::new();
     let mut population: Vec<Point> = Vec::new();
     for generation in 0..=options.generations {

@@ -1,6 +1,6 @@
 //! The control: the best of as many random patterns as the search would have evaluated.
 
-use super::{Best, Found, Progress, round_rng};
+use super::{Best, ELITE, Found, Progress, round_rng};
 use crate::evaluate::Evaluator;
 use crate::space::SearchSpace;
 use crate::{Error, Result};
@@ -18,7 +18,8 @@ pub(super) fn search(
     if evaluations == 0 {
         return Err(Error::option("--evaluations", "expected at least 1, found 0".to_string()));
     }
-    let mut best = Best::new();
+    // as many as `joint` offers to the choice on held-out text
+    let mut best = Best::of(ELITE);
     let rounds = evaluations.div_ceil(CHUNK);
     for round in 0..rounds {
         let mut rng = round_rng(seed, round);

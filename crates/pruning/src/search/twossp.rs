@@ -38,7 +38,7 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
         best.restart();
         best.offer(&patterns, &fitness);
         best.end_round(removed + 1, evaluator, on_round)?;
-        let Some(chosen) = best.found.as_ref().and_then(|(pattern, _)| patterns.iter().position(|p| p == pattern)) else { break };
+        let Some(chosen) = best.found.first().and_then(|(pattern, _)| patterns.iter().position(|p| p == pattern)) else { break };
         genome.clone_from(&less[chosen]);
         attentions.remove(chosen);
     }

@@ -1,8 +1,11 @@
 //! What can't be pruned is refused with a text that says why and what to do.
 
 use crate::setting::{book, corpus, options, prune, tiny};
+use evop_model::Linear;
 use evop_pruning::budget::{Budget, Resource};
-use evop_pruning::calibration::{Calibration, CalibrationOptions};
+use evop_pruning::calibration::{Calibration, CalibrationOptions, Mixing};
+use evop_pruning::checkpoint;
+use evop_pruning::run::{self, Inputs, Run};
 use evop_pruning::search::Strategy;
 use evop_pruning::space::Space;
 use evop_pruning::{HiddenStates, eval};
@@ -54,6 +57,61 @@ fn one_document_again_and_again_still_calibrates() {
     // without the repetitions nothing is left to make sequences of, and that is said
     let apart = CalibrationOptions { deduplicate: true, ..options };
     refused(Calibration::sample(&corpus(&text), checkpoint.tokenizer(), &embedder, &apart, |_| {}), &["expected a longer text"]);
+}
+
+#[test]
+fn one_word_over_and_over_still_gives_finite_repairs() {
+    // activations that are nearly the same vector at every position: second moments of rank one
+    let (checkpoint, decoder) = tiny();
+    let sha = checkpoint::fingerprint(checkpoint.source().as_ref()).unwrap();
+    let corpora = corpus(&"the ".repeat(4_000));
+    let mut options = options(Strategy::Joint, Space::Joint);
+    options.calibration =
+        CalibrationOptions { sequences: 2, sequence_length: 48, clusters: 1, statistics_tokens: 960, held_out_tokens: 96, ..options.calibration };
+    let directory = tempfile::tempdir().unwrap();
+    let run = Run { options, ..run_of(&sha) };
+    run::begin(directory.path(), &run, checkpoint.config()).unwrap();
+    let inputs = Inputs { checkpoint: &checkpoint, model_sha256: &sha, decoder: &decoder, corpora: &corpora, held_out: Some("the the the the the the") };
+    let outcome = run::prune(directory.path(), &inputs, &mut |_| Ok(())).unwrap();
+    assert!(outcome.found.fitness.loss.is_finite() && outcome.pruned.perplexity.is_finite());
+    assert!(outcome.levels.iter().flat_map(|l| &l.levels).all(|l| l.repaired.is_finite()));
+}
+
+#[test]
+fn activations_that_are_not_numbers_are_named_by_layer_and_nothing_is_written() {
+    let (checkpoint, decoder) = tiny();
+    let sha = checkpoint::fingerprint(checkpoint.source().as_ref()).unwrap();
+    // what the third layer's MLP adds to the stream is infinite
+    let blocks = (0..decoder.last_boundary()).map(|s| {
+        let block = decoder.sub_block(s).unwrap();
+        if s != 5 {
+            return Some(block.clone());
+        }
+        let weight = (block.output().weight() * f64::INFINITY).unwrap();
+        Some(block.with_output(Linear::new(weight, None).unwrap()).unwrap())
+    });
+    let broken = decoder.with_sub_blocks(blocks.collect()).unwrap();
+    let corpora = corpus(&book("calibration.txt.gz", 60_000));
+    let mut options = options(Strategy::Joint, Space::Joint);
+    options.calibration.mixing = Mixing::Random; // no embedding by hidden states
+    let directory = tempfile::tempdir().unwrap();
+    run::begin(directory.path(), &Run { options, ..run_of(&sha) }, checkpoint.config()).unwrap();
+    let inputs = Inputs { checkpoint: &checkpoint, model_sha256: &sha, decoder: &broken, corpora: &corpora, held_out: None };
+    refused(run::prune(directory.path(), &inputs, &mut |_| Ok(())), &["layer 2", "outputs of down_proj", "not finite", "damaged"]);
+    assert!(!run::is_finished(directory.path()) && !directory.path().join("model.safetensors").exists());
+}
+
+fn run_of(sha: &str) -> Run {
+    Run {
+        model: None,
+        revision: None,
+        model_sha256: sha.to_string(),
+        calibration: vec![],
+        eval_text: None,
+        options: options(Strategy::Joint, Space::Joint),
+        command: vec![],
+        version: "test".into(),
+    }
 }
 
 #[test]
