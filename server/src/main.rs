@@ -48,6 +48,8 @@ enum Command {
     Compare(Box<commands::compare::CompareArgs>),
     /// Computes the perplexity of a text, or scores multiple-choice tasks as lm-evaluation-harness does.
     Eval(commands::eval::EvalArgs),
+    /// Measures how fast a checkpoint decodes and prefills, beside another one.
+    Bench(commands::bench::BenchArgs),
     /// Shows what a checkpoint has, layer by layer.
     Inspect(commands::inspect::InspectArgs),
     /// Writes a checkpoint in another format: for transformers, vLLM or llama.cpp.
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
         Command::Prune(args) => commands::prune::run(&args),
         Command::Compare(args) => commands::compare::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Export(args) => commands::export::run(&args),
         Command::Vocab(args) => commands::vocab::run(&args),

@@ -1,5 +1,6 @@
 //! One module a subcommand, and what they share.
 
+pub mod bench;
 pub mod compare;
 pub mod compare_devices;
 pub mod eval;

@@ -1,5 +1,6 @@
 //! `evop quickstart`: prune the bundled model with EvoP, show what that did, serve the result and ask it something.
 
+use super::bench;
 use super::http;
 use super::model_args::ModelArgs;
 use super::progress::{Display, ProgressStyle};
@@ -9,7 +10,7 @@ use crate::config::DTypeChoice;
 use anyhow::{Context, Result, bail};
 use clap::{Args, FromArgMatches};
 use evop_model::device::{DeviceChoice, compute_dtype};
-use evop_model::{BatchCache, Checkpoint, Decoder, SequenceCache, Span};
+use evop_model::{Checkpoint, Decoder};
 use evop_pruning::run;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -83,29 +84,14 @@ fn speeds(pruned: &Path) -> Result<(f64, f64)> {
     let pruned = load(Checkpoint::open(pruned)?)?;
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        a.push(decode_speed(&dense)?);
-        b.push(decode_speed(&pruned)?);
+        a.push(bench::decode(&dense, 1, 1, MEASURED_TOKENS)?);
+        b.push(bench::decode(&pruned, 1, 1, MEASURED_TOKENS)?);
     }
     let median = |mut v: Vec<f64>| {
         v.sort_by(f64::total_cmp);
         v[v.len() / 2]
     };
     Ok((median(a), median(b)))
-}
-
-fn decode_speed(decoder: &Decoder) -> Result<f64> {
-    let mut cache = SequenceCache::new(decoder.config(), decoder.dtype(), decoder.device(), MEASURED_TOKENS + 1);
-    let mut token = 1;
-    let started = Instant::now();
-    for past in 0..MEASURED_TOKENS {
-        let logits = decoder.device().with_context(|| {
-            let batch = decoder.batch(&[Span { past, len: 1 }])?;
-            let hidden = decoder.forward(&[token], &batch, &mut BatchCache::new(vec![&mut cache]))?;
-            decoder.logits(&hidden)
-        })?;
-        token = logits.flatten_all()?.argmax(0)?.to_scalar()?;
-    }
-    Ok(MEASURED_TOKENS as f64 / started.elapsed().as_secs_f64())
 }
 
 /// `evop serve` as a child; it ends when this does.

@@ -88,17 +88,19 @@ fn tile(spec: &AttentionSpec, q: &[f32], rows: &Rows<'_>, group: usize, first: u
     let mut scores = vec![0f32; lines * keys];
     // SAFETY: `keys` rows of k from first_key, `lines` rows of the scaled queries, and scores of that size
     unsafe { dot::block(RowMajor { data: scaled.as_ptr(), stride: d }, lines, at(rows.k, first_key), keys, d, scores.as_mut_ptr(), keys) };
-    for line in 0..lines {
+    let range = |line: usize| {
         let position = past + first + line / group_size;
-        let from = window.map_or(0, |w| (position + 1).saturating_sub(w)) - first_key;
-        let to = position + 1 - first_key;
-        let row_scores = &mut scores[line * keys + from..line * keys + to];
-        softmax(row_scores);
-        let head = group * group_size + line % group_size;
-        // SAFETY: this (row, head) belongs to this task alone
-        let out = unsafe { std::slice::from_raw_parts_mut(out.get().add((row + line / group_size) * width + head * d), d) };
-        // SAFETY: `to - from` rows of v from that key on
-        unsafe { dot::weighted_sum(row_scores, at(rows.v, first_key + from), out) };
+        (window.map_or(0, |w| (position + 1).saturating_sub(w)) - first_key, position + 1 - first_key)
+    };
+    let ranges: Vec<(usize, usize)> = (0..lines).map(range).collect();
+    for (line, (from, to)) in ranges.iter().enumerate() {
+        softmax(&mut scores[line * keys + from..line * keys + to]);
+    }
+    let head = |line: usize| group * group_size + line % group_size;
+    // SAFETY: these (row, head) belong to this task alone; `keys` rows of v from first_key on
+    unsafe {
+        let out: Vec<*mut f32> = (0..lines).map(|line| out.get().add((row + line / group_size) * width + head(line) * d)).collect();
+        dot::weighted_sums(&scores, keys, &ranges, at(rows.v, first_key), &out, d);
     }
 }
 

@@ -67,6 +67,44 @@ pub(crate) unsafe fn weighted_sum(weights: &[f32], rows: RowMajor, out: &mut [f3
     }
 }
 
+/// Lines of weights that are summed together: 6 x 4 accumulators, 4 + 1 operands in AVX-512's 32 registers.
+const LINES: usize = 6;
+
+/// Adds `sum_j weights[l * keys + j] * rows[j][0..d]` to `out[l][0..d]` for every line, over the keys `ranges[l]` of it, j in order: the bits of
+/// [`weighted_sum`] a line, with the rows that lines have in common read once for several.
+///
+/// # Safety
+/// `rows` must have `keys` readable rows of `d` elements, every range must lie within `keys`, and every line of `out` must be writable for `d`
+/// elements that no other one shares.
+pub(crate) unsafe fn weighted_sums(weights: &[f32], keys: usize, ranges: &[(usize, usize)], rows: RowMajor, out: &[*mut f32], d: usize) {
+    let one = |line: usize, from: usize, to: usize| {
+        // SAFETY: by the caller
+        unsafe {
+            let rows = RowMajor { data: rows.row(from), ..rows };
+            weighted_sum(&weights[line * keys + from..line * keys + to], rows, std::slice::from_raw_parts_mut(out[line], d));
+        }
+    };
+    let mut line = 0;
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() && d.is_multiple_of(16) {
+        while line + LINES <= out.len() {
+            let of = &ranges[line..line + LINES];
+            let (from, to) = of.iter().fold((0, usize::MAX), |(f, t), range| (f.max(range.0), t.min(range.1)));
+            if from < to {
+                (0..LINES).for_each(|l| one(line + l, of[l].0, from));
+                let out: [*mut f32; LINES] = std::array::from_fn(|l| out[line + l]);
+                // SAFETY: the features were just checked; the range is common to all lines
+                unsafe { avx512::weighted_sums(&weights[line * keys..], keys, from, to, rows, out, d) };
+                (0..LINES).for_each(|l| one(line + l, to, of[l].1));
+            } else {
+                (0..LINES).for_each(|l| one(line + l, of[l].0, of[l].1));
+            }
+            line += LINES;
+        }
+    }
+    (line..out.len()).for_each(|l| one(l, ranges[l].0, ranges[l].1));
+}
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_avx2() -> bool {
     std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
@@ -253,7 +291,7 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{K_BLOCK, RowMajor, avx2};
+    use super::{K_BLOCK, LINES, RowMajor, avx2};
     use std::arch::x86_64::*;
 
     /// Rows of `a`, and pairs of rows of `b`, in a tile: 6 x 4 accumulators, 4 + 1 operands in 32 registers.
@@ -277,6 +315,46 @@ mod avx512 {
             }
             if whole_m < m {
                 avx2::block(RowMajor { data: a.row(whole_m), ..a }, m - whole_m, b, n, k, out.add(whole_m * out_stride), out_stride);
+            }
+        }
+    }
+
+    /// `d` is a multiple of 16.
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    pub(super) unsafe fn weighted_sums(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: [*mut f32; LINES], d: usize) {
+        let mut at = 0;
+        // SAFETY: at + width <= d on every path
+        unsafe {
+            while at + 64 <= d {
+                columns::<4>(weights, stride, from, to, rows, out, at);
+                at += 64;
+            }
+            while at < d {
+                columns::<1>(weights, stride, from, to, rows, out, at);
+                at += 16;
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    unsafe fn columns<const V: usize>(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: [*mut f32; LINES], at: usize) {
+        // SAFETY: 16 * V columns from `at` are inside every row and inside every line of `out`; `to` weights in each of the lines
+        unsafe {
+            let mut acc: [[__m512; V]; LINES] = std::array::from_fn(|l| std::array::from_fn(|c| _mm512_loadu_ps(out[l].add(at + 16 * c))));
+            for j in from..to {
+                let row = rows.row(j).add(at);
+                let values: [__m512; V] = std::array::from_fn(|c| _mm512_loadu_ps(row.add(16 * c)));
+                for (l, line) in acc.iter_mut().enumerate() {
+                    let w = _mm512_set1_ps(*weights.get_unchecked(l * stride + j));
+                    for (lane, value) in line.iter_mut().zip(&values) {
+                        *lane = _mm512_fmadd_ps(w, *value, *lane);
+                    }
+                }
+            }
+            for (l, line) in acc.iter().enumerate() {
+                for (c, lane) in line.iter().enumerate() {
+                    _mm512_storeu_ps(out[l].add(at + 16 * c), *lane);
+                }
             }
         }
     }
@@ -356,6 +434,27 @@ mod tests {
                     let plain = portable::dot(&a[i * k..(i + 1) * k], &b[j * k..(j + 1) * k]);
                     assert!((plain - alone).abs() < 1e-4);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn lines_summed_together_have_the_bits_of_lines_alone() {
+        let mut rng = StdRng::seed_from_u64(3);
+        for (lines, keys, d) in [(1, 5, 16), (7, 40, 64), (13, 9, 80), (6, 3, 72), (12, 30, 128)] {
+            let (w, v) = (random(lines * keys, &mut rng), random(keys * d, &mut rng));
+            // as under a causal mask with a window: ranges that differ
+            let ranges: Vec<(usize, usize)> = (0..lines).map(|l| ((l / 3).min(keys - 1), (keys + l).saturating_sub(lines).max(l / 3 + 1).min(keys))).collect();
+            let rows = RowMajor { data: v.as_ptr(), stride: d };
+            let mut out = vec![0.0; lines * d];
+            let pointers: Vec<*mut f32> = (0..lines).map(|l| out[l * d..].as_mut_ptr()).collect();
+            // SAFETY: sizes match the allocations above
+            unsafe { weighted_sums(&w, keys, &ranges, rows, &pointers, d) };
+            for (l, (from, to)) in ranges.into_iter().enumerate() {
+                let mut alone = vec![0.0; d];
+                // SAFETY: as above
+                unsafe { weighted_sum(&w[l * keys + from..l * keys + to], RowMajor { data: rows.row(from), ..rows }, &mut alone) };
+                assert_eq!(alone, out[l * d..(l + 1) * d], "{lines} {keys} {d} line {l}");
             }
         }
     }

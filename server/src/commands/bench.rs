@@ -1,0 +1,223 @@
+//! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it.
+
+use super::model_args::ModelArgs;
+use crate::models::ModelSource;
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use evop_model::device::compute_dtype;
+use evop_model::{BatchCache, Config, Decoder, SequenceCache, Span};
+use serde::Serialize;
+use std::time::Instant;
+
+/// Options of `evop bench`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:\n  \
+    evop bench decode --model ./pruned --against ./SmolLM2 --batch 1,4,16\n  \
+    evop bench prefill --model ./pruned --against ./SmolLM2 --length 512 --dtype bf16")]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Bench {
+    /// New tokens a second, of one sequence and of several at once.
+    Decode(DecodeArgs),
+    /// Prompt tokens a second.
+    Prefill(PrefillArgs),
+}
+
+/// What both have.
+#[derive(Debug, Clone, Args)]
+pub struct CommonArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Another checkpoint, measured in turns with the first one.
+    #[arg(long, value_name = "MODEL")]
+    pub against: Option<String>,
+    /// Measurements of each; medians count.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    pub repeats: u16,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `evop bench decode`.
+#[derive(Debug, Clone, Args)]
+pub struct DecodeArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Sequences that are decoded together, separated by commas.
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1])]
+    pub batch: Vec<usize>,
+    /// Tokens of each sequence's prompt.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128)]
+    pub prompt: usize,
+    /// Tokens that are decoded of each.
+    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
+    pub tokens: usize,
+}
+
+/// Options of `evop bench prefill`.
+#[derive(Debug, Clone, Args)]
+pub struct PrefillArgs {
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Tokens of the prompt, separated by commas.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_values_t = [512])]
+    pub length: Vec<usize>,
+}
+
+/// One line of the result.
+#[derive(Debug, Clone, Serialize)]
+struct Line {
+    /// Sequences at once, or tokens of the prompt.
+    size: usize,
+    /// Tokens a second: median, least and most of the repeats.
+    tokens_per_second: [f64; 3],
+    /// The same of the other checkpoint.
+    against: Option<[f64; 3]>,
+    /// The first one's median over the other's.
+    speed_up: Option<f64>,
+    /// What the weights' bytes promise (read once a step: decoding few sequences).
+    ideal_by_bytes: Option<f64>,
+    /// What the products promise (prefill, decoding many sequences).
+    ideal_by_flops: Option<f64>,
+}
+
+/// Runs the command.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let (common, sizes, longest) = match &args.what {
+        Bench::Decode(a) => (&a.common, &a.batch, a.prompt + a.tokens),
+        Bench::Prefill(a) => (&a.common, &a.length, a.length.iter().copied().max().unwrap_or(0)),
+    };
+    let least = match &args.what {
+        Bench::Decode(a) => a.batch.iter().copied().chain([a.prompt, a.tokens]).min(),
+        Bench::Prefill(a) => a.length.iter().copied().min(),
+    };
+    if least.is_none_or(|n| n == 0) {
+        bail!("sizes and lengths: expected at least 1, found 0");
+    }
+    let (_, decoder) = common.model.load()?;
+    let other = common.against.as_deref().map(|name| load_beside(name, &common.model)).transpose()?;
+    for config in [Some(decoder.config()), other.as_ref().map(Decoder::config)].into_iter().flatten() {
+        if longest > config.max_position_embeddings {
+            bail!("{longest} tokens: expected at most the model's context of {}", config.max_position_embeddings);
+        }
+    }
+    let measure = |decoder: &Decoder, size: usize| match &args.what {
+        Bench::Decode(a) => decode(decoder, size, a.prompt, a.tokens),
+        Bench::Prefill(_) => prefill(decoder, size),
+    };
+    let mut lines = Vec::new();
+    for size in sizes {
+        let (mut own, mut others) = (Vec::new(), Vec::new());
+        measure(&decoder, *size)?; // warms caches up
+        for _ in 0..common.repeats {
+            own.push(measure(&decoder, *size)?);
+            if let Some(other) = &other {
+                others.push(measure(other, *size)?);
+            }
+        }
+        let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
+        let ideal = |of: fn(&Config) -> f64| other.as_ref().map(|o| of(o.config()) / of(decoder.config()));
+        lines.push(Line {
+            size: *size,
+            tokens_per_second: own,
+            against,
+            speed_up: against.map(|a| own[0] / a[0]),
+            ideal_by_bytes: ideal(|c| (c.block_parameters() + c.vocab_size * c.hidden_size) as f64),
+            ideal_by_flops: ideal(match &args.what {
+                Bench::Decode(_) => |c| (c.block_parameters() + c.vocab_size * c.hidden_size) as f64,
+                // (a prompt needs the head for its last token only)
+                Bench::Prefill(_) => |c| c.block_parameters() as f64,
+            }),
+        });
+    }
+    if common.json {
+        println!("{}", serde_json::to_string_pretty(&lines)?);
+        return Ok(());
+    }
+    let what = match &args.what {
+        Bench::Decode(_) => "sequences",
+        Bench::Prefill(_) => "prompt",
+    };
+    println!("{what:>9}{:>12}{:>20}{:>12}{:>20}{:>10}{:>10}{:>10}", "tokens/s", "from - to", "against", "from - to", "speed-up", "by bytes", "by FLOPs");
+    for line in lines {
+        let range = |s: [f64; 3]| format!("{:.1} - {:.1}", s[1], s[2]);
+        print!("{:>9}{:>12.1}{:>20}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
+        if let (Some(a), Some(s), Some(bytes), Some(flops)) = (line.against, line.speed_up, line.ideal_by_bytes, line.ideal_by_flops) {
+            print!("{:>12.1}{:>20}{s:>9.2}x{bytes:>9.2}x{flops:>9.2}x", a[0], range(a));
+        }
+        println!();
+    }
+    Ok(())
+}
+
+/// Another checkpoint on the same device, in the same type.
+fn load_beside(name: &str, like: &ModelArgs) -> Result<Decoder> {
+    let device = like.device.open()?;
+    let dtype = compute_dtype(&device, like.dtype.dtype())?;
+    let checkpoint = ModelSource::parse(Some(name))?.open(None).with_context(|| format!("--against {name}"))?;
+    Ok(checkpoint.decoder(&device, dtype)?)
+}
+
+/// Median, least and most.
+fn spread(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    [values[values.len() / 2], values[0], values[values.len() - 1]]
+}
+
+/// Token `i` of a made-up prompt.
+fn token(i: usize, config: &Config) -> u32 {
+    ((i * 7919 + 13) % config.vocab_size) as u32
+}
+
+/// New tokens a second over all of `sequences` at once, after prompts that aren't timed.
+pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
+    let config = decoder.config();
+    let mut caches: Vec<SequenceCache> = (0..sequences).map(|_| SequenceCache::new(config, decoder.dtype(), decoder.device(), prompt + tokens)).collect();
+    let mut next = Vec::with_capacity(sequences);
+    for (s, cache) in caches.iter_mut().enumerate() {
+        let ids: Vec<u32> = (0..prompt).map(|i| token(i + 31 * s, config)).collect();
+        next.extend(step(decoder, &ids, &[Span { past: 0, len: prompt }], vec![cache])?);
+    }
+    let started = Instant::now();
+    for past in prompt..prompt + tokens {
+        next = step(decoder, &next, &vec![Span { past, len: 1 }; sequences], caches.iter_mut().collect())?;
+    }
+    Ok((sequences * tokens) as f64 / started.elapsed().as_secs_f64())
+}
+
+/// Prompt tokens a second of one sequence, to its first new token.
+fn prefill(decoder: &Decoder, length: usize) -> Result<f64> {
+    let config = decoder.config();
+    let mut cache = SequenceCache::new(config, decoder.dtype(), decoder.device(), length);
+    let ids: Vec<u32> = (0..length).map(|i| token(i, config)).collect();
+    let started = Instant::now();
+    step(decoder, &ids, &[Span { past: 0, len: length }], vec![&mut cache])?;
+    Ok(length as f64 / started.elapsed().as_secs_f64())
+}
+
+/// One pass, and the most likely token after each span.
+fn step(decoder: &Decoder, tokens: &[u32], spans: &[Span], caches: Vec<&mut SequenceCache>) -> Result<Vec<u32>> {
+    Ok(decoder.device().with_context(|| -> evop_model::Result<Vec<u32>> {
+        let batch = decoder.batch(spans)?;
+        let hidden = decoder.forward(tokens, &batch, &mut BatchCache::new(caches))?;
+        let last: Vec<u32> = spans.iter().scan(0, |end, span| Some((*end += span.len, *end as u32 - 1).1)).collect();
+        let index = evop_model::Tensor::from_slice(&last, last.len(), decoder.device())?;
+        Ok(decoder.logits(&hidden.index_select(&index, 0)?)?.argmax(1)?.to_vec1::<u32>()?)
+    })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_ends() {
+        assert_eq!(spread(vec![3.0, 1.0, 2.0]), [2.0, 1.0, 3.0]);
+    }
+}
