@@ -353,18 +353,20 @@ impl Walk<'_> {
             widths.chain(std::iter::once(level.absorbed)).collect::<Vec<_>>()
         };
         let keys: Vec<Vec<usize>> = runs.iter().map(|(level, run)| key(level, run)).collect();
-        let is_computed = |((level, _), key): &(&(Level, Range<usize>), &Vec<usize>)| level.width > 0 && !self.cache.contains(self.index, key);
-        let computed: Vec<usize> = runs.iter().zip(&keys).filter(is_computed).map(|((level, _), _)| level.width).collect();
+        // (taken now: what is stored on the way down may push them out)
+        let known: Vec<Option<Tensor>> = keys.iter().map(|key| self.cache.get(self.index, key)).collect();
+        let computed: Vec<usize> =
+            runs.iter().zip(&known).filter(|((level, _), known)| level.width > 0 && known.is_none()).map(|(run, _)| run.0.width).collect();
         if let (true, Some(widest), Some(block)) = (computed.len() > 1, computed.iter().max(), decoder.sub_block(s)) {
             inner = Some(decoder.inner(&block.narrowed(*widest)?, s, hidden, &self.pack.batch, &mut NoCache)?);
         }
-        for ((level, run), key) in runs.into_iter().zip(keys) {
+        for (((level, run), key), known) in runs.into_iter().zip(keys).zip(known) {
             let agreeing: Vec<usize> = anchors.iter().copied().filter(|a| self.supernet.level(&self.anchors[*a], s) == level).collect();
             let Some(block) = self.supernet.sub_block(s, level)? else {
                 self.descend(&self.supernet.skip(s, hidden)?, s + 1, run, &agreeing)?;
                 continue;
             };
-            let after = match self.cache.get(self.index, &key) {
+            let after = match known {
                 Some(known) => known,
                 None => {
                     self.block_forwards += self.pack.batch.spans().len();

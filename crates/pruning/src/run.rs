@@ -259,6 +259,15 @@ pub struct Memory {
     pub distributions: usize,
     /// Boundary states at the end, and their bound.
     pub prefix_cache: (usize, usize),
+    /// The most that this process ever held, where the system tells (Linux).
+    pub peak_resident: Option<usize>,
+}
+
+/// `VmHWM` of /proc/self/status.
+fn peak_resident() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kilobytes: usize = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().trim_end_matches(" kB").trim().parse().ok()?;
+    Some(kilobytes * 1024)
 }
 
 /// A calibration set without its tokens.
@@ -441,7 +450,12 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
         levels: supernet.levels().map(|l| l.reports().cloned().collect()).unwrap_or_default(),
         skips: supernet.levels().map_or(SkipCompensation::None, Levels::skips),
         pattern_levels: (0..2 * config.num_layers()).map(|s| supernet.level(pattern, s)).collect(),
-        memory: Memory { statistics: supernet.levels().map_or(0, |l| l.peak_statistics_bytes), distributions, prefix_cache: (cached, limit) },
+        memory: Memory {
+            statistics: supernet.levels().map_or(0, |l| l.peak_statistics_bytes),
+            distributions,
+            prefix_cache: (cached, limit),
+            peak_resident: peak_resident(),
+        },
         found,
         certificate,
         clusters,

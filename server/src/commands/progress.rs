@@ -95,6 +95,7 @@ impl Display {
         self.bar.set_position(done as u64);
         let eta = eta.map_or(String::new(), |s| format!("ETA {}", evop_pruning::run::human(Duration::from_secs_f64(s))));
         self.bar.set_message(match search {
+            Some(p) if p.best_loss.is_infinite() => format!("{} evaluated  {eta}", p.evaluated),
             Some(p) => format!("best loss {:.4}, {} evaluated of {} asked for  {eta}", p.best_loss, p.evaluated, p.requested),
             None => eta,
         });

@@ -164,6 +164,7 @@ pub fn print_table(outcome: &Outcome) {
     }
     let time = |seconds: f64| run::human(Duration::from_secs_f64(seconds));
     let s = &outcome.seconds;
+    println!("memory: {}", report::memory_text(outcome));
     outcome.written.notes.iter().for_each(|note| println!("note: {note}"));
     println!("time: calibration {}, levels {}, search {}, finish {}", time(s.calibration), time(s.levels), time(s.search), time(s.finish));
 }

@@ -69,6 +69,15 @@ pub fn work_text(work: Work) -> String {
     )
 }
 
+/// What was held in memory, in words.
+pub fn memory_text(outcome: &Outcome) -> String {
+    let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
+    let m = &outcome.memory;
+    let (states, bound) = m.prefix_cache;
+    let peak = m.peak_resident.map_or(String::new(), |bytes| format!("; {} resident at most, model and all", mb(bytes)));
+    format!("statistics {}, dense distributions {}, boundary states {} of at most {}{peak}", mb(m.statistics), mb(m.distributions), mb(states), mb(bound))
+}
+
 /// The choice on held-out sequences, in words.
 pub fn held_out_text(outcome: &Outcome) -> String {
     let h = &outcome.held_out;
@@ -167,21 +176,17 @@ pub(crate) fn html(outcome: &Outcome) -> String {
         page.push_str("</table>");
     }
     let time = |seconds: f64| human(Duration::from_secs_f64(seconds));
-    let mb = |bytes: usize| format!("{:.1} MB", bytes as f64 / 1e6);
     let _ = write!(
         page,
         "<h2>Work</h2><p>Search: {}.</p><p>Certificate: {}.</p><p>Time: calibration {}, levels {}, search {}, finish {}.</p>\
-         <p>Memory beside the model: statistics {}, dense distributions {}, boundary states {} of at most {}.</p>",
+         <p>Memory: {}.</p>",
         work_text(outcome.work),
         if outcome.certificate.is_some() { work_text(outcome.certificate_work) } else { "none".into() },
         time(outcome.seconds.calibration),
         time(outcome.seconds.levels),
         time(outcome.seconds.search),
         time(outcome.seconds.finish),
-        mb(outcome.memory.statistics),
-        mb(outcome.memory.distributions),
-        mb(outcome.memory.prefix_cache.0),
-        mb(outcome.memory.prefix_cache.1),
+        memory_text(outcome),
     );
     if !outcome.run.command.is_empty() {
         let _ = write!(page, "<h2>Reproduce</h2><pre><code>{}</code></pre>", escape(&outcome.run.command.join(" ")));

@@ -7,7 +7,7 @@
 use super::racing::{self, race};
 use super::seeds::{Sensitivities, grow, seeds, shrink};
 use super::surrogate::{Surrogate, rank_correlation};
-use super::{Best, ELITE, Found, Progress, round_rng};
+use super::{Best, ELITE, Found, Progress, preparing, round_rng};
 use crate::evaluate::Evaluator;
 use crate::objective::Fitness;
 use crate::space::{Genome, SearchSpace};
@@ -66,7 +66,7 @@ pub(super) fn search(
     let mut rng = round_rng(seed, 0);
     let mut population = Vec::new();
     if options.seeds {
-        let sensitivities = Sensitivities::measure(evaluator, space)?;
+        let sensitivities = Sensitivities::measure(evaluator, space, &mut |e| on_round(preparing(e, options.generations + 1)))?;
         population = seeds(space, &sensitivities);
         state.sensitivities = Some(sensitivities);
     }

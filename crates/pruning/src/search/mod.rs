@@ -272,6 +272,12 @@ fn round_rng(seed: u64, round: usize) -> ChaCha8Rng {
     rng
 }
 
+/// Progress before the first round.
+fn preparing(evaluator: &Evaluator<'_>, rounds: usize) -> Progress {
+    let work = evaluator.work();
+    Progress { round: 0, rounds, best_loss: f64::INFINITY, evaluated: work.evaluated, requested: work.requested }
+}
+
 /// Keeps the best patterns of all rounds; ties go to the earlier one.
 struct Best {
     /// Best first.

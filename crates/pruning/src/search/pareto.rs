@@ -5,7 +5,7 @@
 //! single units up or down, so they land at any cost; all other budgets hold for every point.
 
 use super::seeds::{Sensitivities, seeds};
-use super::{Best, ELITE, Found, Progress, round_rng};
+use super::{Best, ELITE, Found, Progress, preparing, round_rng};
 use crate::evaluate::Evaluator;
 use crate::space::{Genome, SearchSpace};
 use crate::{Error, Result};
@@ -74,7 +74,7 @@ pub(super) fn search(
         ));
     }
     let widest = space.with_first_budget(1.0);
-    let sensitivities = Sensitivities::measure(evaluator, &widest)?;
+    let sensitivities = Sensitivities::measure(evaluator, &widest, &mut |e| on_round(preparing(e, options.generations + 1)))?;
     let target = |i: usize| options.least + (1.0 - options.least) * i as f64 / TARGETS as f64;
     let mut children = seeds(space, &sensitivities);
     for i in 0..TARGETS {

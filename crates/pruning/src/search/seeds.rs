@@ -9,11 +9,11 @@ use evop_model::Pattern;
 pub(super) struct Sensitivities(Vec<Vec<f64>>);
 
 impl Sensitivities {
-    /// Measures them on the first pack: one evaluation an option.
+    /// Measures them on the first pack: one evaluation an option. `on_part` sees the evaluator after every few.
     ///
     /// # Errors
-    /// As [`Evaluator::evaluate`].
-    pub fn measure(evaluator: &mut Evaluator<'_>, space: &SearchSpace) -> Result<Self> {
+    /// As [`Evaluator::evaluate`]; whatever `on_part` returns.
+    pub fn measure(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_part: &mut dyn FnMut(&Evaluator<'_>) -> Result<()>) -> Result<Self> {
         let dense = space.dense_genome();
         let changed = |u: usize, o: usize| {
             let mut genome = dense.clone();
@@ -24,7 +24,11 @@ impl Sensitivities {
         let mut patterns: Vec<Pattern> = at.iter().map(|(u, o)| changed(*u, *o)).collect();
         patterns.push(space.dense().clone());
         evaluator.anchor(&patterns[patterns.len() - 1..]);
-        let fitness = evaluator.evaluate_first(&patterns, 1)?;
+        let mut fitness = Vec::with_capacity(patterns.len());
+        for part in patterns.chunks(PART) {
+            fitness.extend(evaluator.evaluate_first(part, 1)?);
+            on_part(evaluator)?;
+        }
         let whole = fitness[fitness.len() - 1].loss;
         let mut table: Vec<Vec<f64>> = (0..space.units()).map(|u| vec![0.0; space.options(u)]).collect();
         for ((u, o), fitness) in at.into_iter().zip(&fitness) {
@@ -42,6 +46,9 @@ impl Sensitivities {
         self.0[unit][option].max(0.0).powf(power)
     }
 }
+
+/// Patterns between two reports of progress.
+const PART: usize = 32;
 
 /// Steps of the knapsack's budget.
 const BUCKETS: usize = 10_000;

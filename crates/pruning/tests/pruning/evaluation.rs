@@ -49,6 +49,35 @@ fn a_loss_is_that_of_the_masked_model_run_alone_bit_for_bit() {
 }
 
 #[test]
+fn a_cache_too_small_for_the_walk_changes_nothing() {
+    let (checkpoint, decoder) = tiny();
+    let supernet = Supernet::raw(&decoder);
+    let mut patterns = patterns(&checkpoint, Space::Joint);
+    // neighbours of each in every MLP, so that widths of one sub-block meet where some of them are cached
+    let space = space(&checkpoint, Space::Joint, 0.25);
+    let near: Vec<Pattern> = patterns
+        .iter()
+        .filter_map(|p| space.genome(p))
+        .flat_map(|g| (0..space.units()).filter_map(|u| space.lowered(&g, u)).map(|g| space.pattern(&g)).collect::<Vec<_>>())
+        .collect();
+    patterns.extend(near.into_iter().step_by(5));
+    let losses = |states: usize| {
+        let bytes = states * 4 * 193 * decoder.config().hidden_size;
+        let mut evaluator = evaluator(&supernet, NLL, Savings { prefix_cache_bytes: bytes, ..Savings::default() });
+        let mut losses = Vec::new();
+        for batch in patterns.chunks(20) {
+            evaluator.anchor(&patterns);
+            losses.extend(evaluator.evaluate(batch).unwrap().into_iter().map(|f| f.loss));
+        }
+        losses
+    };
+    let expected = losses(0);
+    for states in [1, 3, 8, 20] {
+        assert_eq!(losses(states), expected, "{states} states");
+    }
+}
+
+#[test]
 fn the_dense_models_divergence_from_itself_is_nothing_and_others_have_some() {
     let (checkpoint, decoder) = tiny();
     let supernet = Supernet::raw(&decoder);
