@@ -90,7 +90,8 @@ pub fn run(args: &CompareArgs) -> Result<()> {
     for (sparsity, budget) in &budgets {
         for strategy in &args.strategies {
             for seed in &seeds {
-                rows.push(row(&setting, *strategy, *sparsity, *budget, *seed)?);
+                let made = row(&setting, *strategy, *sparsity, *budget, *seed, &rows)?;
+                rows.push(made);
                 write_reports(&setting, &rows)?;
             }
         }
@@ -169,7 +170,8 @@ fn dense(setting: &Setting<'_>) -> Result<Row> {
     })
 }
 
-fn row(setting: &Setting<'_>, strategy: Strategy, sparsity: f64, budget: Budget, seed: Option<u64>) -> Result<Row> {
+/// `before`: the rows there are, of which `random-joint` takes as many patterns as `joint` evaluated, unless --evaluations says how many.
+fn row(setting: &Setting<'_>, strategy: Strategy, sparsity: f64, budget: Budget, seed: Option<u64>, before: &[Row]) -> Result<Row> {
     let args = setting.args;
     let tuning = TuningArgs { seed, ..args.tuning.clone() };
     let mut options = tuning.options(Some(strategy), vec![budget], setting.checkpoint.config().max_position_embeddings);
@@ -177,6 +179,10 @@ fn row(setting: &Setting<'_>, strategy: Strategy, sparsity: f64, budget: Budget,
     // the optimum of a small space would take every strategy's place
     options.certify_up_to = 0;
     let seed = options.search.seed;
+    let joint = before.iter().find(|r| r.strategy == Strategy::Joint.to_string() && r.sparsity == sparsity && r.seed == seed);
+    if let (Strategy::RandomJoint, None, Some(joint)) = (strategy, args.tuning.evaluations, joint) {
+        options.search.evaluations = joint.evaluations;
+    }
     let name = format!("{strategy}-{sparsity}-{seed}");
     kept(setting, &name, || {
         let directory = args.out.join("runs").join(&name);

@@ -117,7 +117,7 @@ pub struct TuningArgs {
     /// Fraction of the first budget's resource at which a front begins. [default: 0.3]
     #[arg(long, value_name = "FRACTION", help_heading = "Search")]
     pub pareto_least: Option<f64>,
-    /// Patterns that random draws. [default: 1000]
+    /// Patterns that random and random-joint draw, policy-gradient samples and surrogate-shapley learns from. [default: 1000; in a comparison random-joint as many as joint evaluated]
     #[arg(long, value_name = "N", help_heading = "Search")]
     pub evaluations: Option<usize>,
     /// Seed of the search and of calibration sampling. [default: 31]

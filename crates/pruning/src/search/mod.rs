@@ -185,7 +185,7 @@ pub fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, options: &Sear
         Strategy::Flatten => flatten::search(evaluator, space, on_round),
         Strategy::SurrogateShapley => surrogate_shapley::search(evaluator, space, evaluations, seed, on_round),
         Strategy::Uniform | Strategy::Magnitude => uniform::search(evaluator, space, options.strategy, on_round),
-        Strategy::Random | Strategy::RandomJoint => random::search(evaluator, space, evaluations, seed, on_round),
+        Strategy::Random | Strategy::RandomJoint => random::search(evaluator, space, options.strategy, evaluations, seed, on_round),
         Strategy::Exhaustive => exhaustive::search(evaluator, space, on_round),
         Strategy::Pareto => pareto::search(evaluator, space, &options.pareto, seed, on_round),
         Strategy::Pattern => given(evaluator, space, options.pattern.as_deref(), on_round),

@@ -28,7 +28,8 @@ impl Strategy {
         let chosen = |space, fitness| Recipe { space, fitness, importance: None, compensation: None, skips: plain };
         let fixed = |space, importance, compensation| Recipe { space, fitness: FitnessKind::Nll, importance, compensation: Some(compensation), skips: plain };
         match self {
-            Self::Joint | Self::RandomJoint | Self::Pareto | Self::Pattern => Recipe { skips: None, ..chosen(Space::Joint, FitnessKind::Kl) },
+            // `uniform` skips nothing, but shares the level database of `joint`
+            Self::Joint | Self::RandomJoint | Self::Uniform | Self::Pareto | Self::Pattern => Recipe { skips: None, ..chosen(Space::Joint, FitnessKind::Kl) },
             Self::Evop | Self::Sleb | Self::Shortgpt | Self::Random | Self::Exhaustive => chosen(Space::Layer, FitnessKind::Nll),
             Self::Crash | Self::PruneComp | Self::Flatten | Self::SurrogateShapley => chosen(Space::Layer, FitnessKind::Nll),
             Self::Evopress | Self::Finercut => chosen(Space::Block, FitnessKind::Kl),
@@ -36,7 +37,6 @@ impl Strategy {
             Self::Flap => fixed(Space::JointHeads, Some(Importance::Flap), Compensation::Bias),
             Self::Twossp => fixed(Space::Joint, Some(Importance::Norm2ssp), Compensation::None),
             Self::PolicyGradient => fixed(Space::JointHeads, Some(Importance::Wanda), Compensation::None),
-            Self::Uniform => fixed(Space::Width, None, Compensation::Refit),
             Self::Magnitude => fixed(Space::Width, Some(Importance::Magnitude), Compensation::None),
         }
     }
