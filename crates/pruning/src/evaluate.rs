@@ -187,6 +187,11 @@ impl<'a> Evaluator<'a> {
         self.packs.len()
     }
 
+    /// Tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.packs.iter().map(|p| p.tokens.len()).sum()
+    }
+
     /// Bytes of the dense model's distributions, and of the boundary states kept (now, at most).
     pub fn bytes(&self) -> (usize, usize, usize) {
         (self.packs.iter().filter_map(|p| p.reference.as_ref()).map(Reference::bytes).sum(), self.cache.bytes(), self.cache.limit())

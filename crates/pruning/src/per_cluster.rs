@@ -3,11 +3,10 @@
 //! A server chooses among them by the clusters of the calibration chunks nearest to a prompt, so the chunks' vectors are kept beside the patterns.
 
 use crate::calibration::Calibration;
-use crate::evaluate::{Evaluator, Recorder, Sample, Work};
+use crate::evaluate::{Evaluator, Sample, Work};
 use crate::run::PruneOptions;
 use crate::search::{self, Progress};
 use crate::space::SearchSpace;
-use crate::supernet::Supernet;
 use crate::{Error, Result, storage};
 use candle_core::{Device, Tensor};
 use evop_model::{Gene, Pattern};
@@ -28,46 +27,30 @@ pub struct ClusterPattern {
     pub held_out: Option<(f64, f64)>,
 }
 
-/// What has been evaluated for a cluster before.
-pub(crate) type Known<'k> = dyn FnMut(usize) -> Result<HashMap<Pattern, Vec<f64>>> + 'k;
-
-/// Searches a pattern for every cluster that has sequences, in the space and with the strategy of the run. `known` gives what an earlier part of the
-/// run evaluated for a cluster, `recorder` makes the recorder of one.
-pub(crate) fn search<'a>(
-    supernet: &'a Supernet,
+/// Searches a pattern for one cluster, on whose sequences `evaluator` scores, in the space and with the strategy of the run.
+pub(crate) fn search(
+    evaluator: &mut Evaluator<'_>,
     space: &SearchSpace,
-    calibration: &Calibration,
     options: &PruneOptions,
+    cluster: usize,
+    held_out: &[Sample],
     common: &Pattern,
-    known: &mut Known<'_>,
-    recorder: &'a dyn Fn(usize, &[(Pattern, Vec<f64>)], Work) -> Result<()>,
-    on_round: &mut dyn FnMut(usize, usize, Progress) -> Result<()>,
-) -> Result<Vec<ClusterPattern>> {
-    let clusters = calibration.cluster_sizes.len();
-    let tokens = |samples: &[Sample]| samples.iter().map(|s| s.tokens.len()).sum();
-    let mut found = Vec::with_capacity(clusters);
-    for cluster in 0..clusters {
-        let samples = calibration.cluster_samples(cluster, options.calibration.sequences);
-        if samples.is_empty() {
-            continue;
-        }
-        let record: Box<Recorder<'_>> = Box::new(move |results, work| recorder(cluster, results, work));
-        let mut evaluator = Evaluator::new(supernet, &samples, options.objective, options.savings, known(cluster)?, Work::default(), record)?;
-        let own = search::search(&mut evaluator, space, &options.search, &mut |p| on_round(cluster, clusters, p))?;
-        if own.adjustment.is_some() {
-            let message = format!("{} changes weights beside the pattern, which no two clusters could share: expected another", options.search.strategy);
-            return Err(Error::option("--per-cluster", message));
-        }
-        let held_out: Vec<Sample> = calibration.held_out_samples().into_iter().filter(|s| s.cluster == cluster).collect();
-        let mut losses = None;
-        if !held_out.is_empty() {
-            let mut unseen = Evaluator::new(supernet, &held_out, options.objective, options.savings, HashMap::new(), Work::default(), Box::new(|_, _| Ok(())))?;
-            let fitness = unseen.evaluate(&[own.pattern.clone(), common.clone()])?;
-            losses = Some((fitness[0].loss, fitness[1].loss));
-        }
-        found.push(ClusterPattern { cluster, pattern: own.pattern.layers().to_vec(), tokens: (tokens(&samples), tokens(&held_out)), held_out: losses });
+    on_round: &mut dyn FnMut(Progress) -> Result<()>,
+) -> Result<ClusterPattern> {
+    let own = search::search(evaluator, space, &options.search, on_round)?;
+    if own.adjustment.is_some() {
+        let message = format!("{} changes weights beside the pattern, which no two clusters could share: expected another", options.search.strategy);
+        return Err(Error::option("--per-cluster", message));
     }
-    Ok(found)
+    let mut losses = None;
+    if !held_out.is_empty() {
+        let (objective, savings) = (options.objective, options.savings);
+        let unseen = Evaluator::new(evaluator.supernet(), held_out, objective, savings, HashMap::new(), Work::default(), Box::new(|_, _| Ok(())));
+        let fitness = unseen?.evaluate(&[own.pattern.clone(), common.clone()])?;
+        losses = Some((fitness[0].loss, fitness[1].loss));
+    }
+    let tokens = (evaluator.tokens(), held_out.iter().map(|s| s.tokens.len()).sum());
+    Ok(ClusterPattern { cluster, pattern: own.pattern.layers().to_vec(), tokens, held_out: losses })
 }
 
 /// Writes the chunks' vectors [chunks, size] in f32 and their clusters [chunks] in u32.

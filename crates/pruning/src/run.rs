@@ -21,7 +21,7 @@ use crate::checkpoint::{Contents, Format, Written};
 use crate::compensate::SkipCompensation;
 use crate::embed::{Embedder, HiddenStates, SentenceTransformer};
 use crate::eval::{self, Perplexity};
-use crate::evaluate::{Evaluator, Savings, Work};
+use crate::evaluate::{Evaluator, Sample, Savings, Work};
 use crate::latency;
 use crate::levels::{Level, LevelKey, LevelOptions, LevelReport, Levels, tokens_sha256};
 use crate::objective::Objective;
@@ -32,7 +32,7 @@ use crate::supernet::Supernet;
 use crate::{Error, Result, report, storage};
 use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Gene, Pattern};
 use serde::{Deserialize, Serialize};
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
@@ -407,14 +407,24 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let pattern = &found.pattern;
     let (clusters, clusters_work) = if options.per_cluster {
         let begun = Instant::now();
-        let log = RefCell::new(log);
-        let mut known = |cluster| log.borrow().known(config, Some(cluster));
-        let record = |cluster, results: &[(Pattern, Vec<f64>)], work| log.borrow_mut().append(results, Some(cluster), Phase::Clusters, work, 0.0);
-        let mut on_round = |cluster, clusters, progress| on_step(Step::Cluster { cluster, clusters, progress });
-        let clusters = per_cluster::search(&supernet, &space, &calibration, options, pattern, &mut known, &record, &mut on_round)?;
+        let count = calibration.cluster_sizes.len();
+        let unseen = calibration.held_out_samples();
+        let mut clusters = Vec::with_capacity(count);
+        for cluster in 0..count {
+            let samples = calibration.cluster_samples(cluster, options.calibration.sequences);
+            if samples.is_empty() {
+                continue;
+            }
+            let known = log.known(config, Some(cluster))?;
+            let record = |results: &[(Pattern, Vec<f64>)], work| log.append(results, Some(cluster), Phase::Clusters, work, 0.0);
+            let mut evaluator = Evaluator::new(&supernet, &samples, options.objective, options.savings, known, Work::default(), Box::new(record))?;
+            let held_out: Vec<Sample> = unseen.iter().filter(|s| s.cluster == cluster).cloned().collect();
+            let mut on_round = |progress| on_step(Step::Cluster { cluster, clusters: count, progress });
+            clusters.push(per_cluster::search(&mut evaluator, &space, options, cluster, &held_out, pattern, &mut on_round)?);
+        }
         storage::write_json(&directory.join(CLUSTERS), &clusters)?;
         seconds.clusters = begun.elapsed().as_secs_f64();
-        (clusters, log.into_inner().work[Phase::Clusters as usize])
+        (clusters, log.work[Phase::Clusters as usize])
     } else {
         (Vec::new(), Work::default())
     };
