@@ -166,16 +166,19 @@ impl Levels {
         let none = SkipCompensation::None;
         let mut levels = Self { directory: directory.to_path_buf(), reports: BTreeMap::new(), skips: none, peak_statistics_bytes: 0 };
         let wanted = |s: usize| !key.widths[s].is_empty() || !key.followers(decoder, s).is_empty() || key.wants_scale(decoder, s);
-        let last = (0..key.widths.len()).rev().find(|s| wanted(*s));
+        for s in (0..key.widths.len()).filter(|s| wanted(*s)) {
+            levels.reports.extend(levels.read_report(s)?.map(|report| (s, report)));
+        }
+        // what is there already needs no activations after the last sub-block that isn't
+        let missing = |levels: &Self, s: usize| wanted(s) && decoder.sub_block(s).is_some() && !levels.reports.contains_key(&s);
+        let end = (0..key.widths.len()).rev().find(|s| missing(&levels, *s)).map_or(0, |last| last + 1);
         let (mut train, mut held_out) = (Stream::embed(decoder, train)?, Stream::embed(decoder, held_out)?);
-        for s in 0..last.map_or(0, |l| l + 1) {
+        for s in 0..end {
             on(s, key.widths.len())?;
             let Some(block) = decoder.sub_block(s) else { continue };
-            let known = levels.read_report(s)?;
-            if !wanted(s) || known.is_some() {
+            if !missing(&levels, s) {
                 train.advance(decoder, block, s, |_| Ok(()))?;
                 held_out.advance(decoder, block, s, |_| Ok(()))?;
-                levels.reports.extend(known.map(|r| (s, r)));
                 continue;
             }
             let followers = key.followers(decoder, s);
