@@ -155,7 +155,7 @@ def check_gguf(name, file, parent, pattern, written):
             else:
                 worst = max(worst, *(abs(numbers(f"blk.{new}.{n}.weight")).max() for n in ("ffn_gate", "ffn_up", "ffn_down")))
             worst = max([worst, *(np.abs(numbers(f"blk.{new}.{n}.weight") - w).max() for n, w in pairs)])
-    check(f"{name}: the parent's numbers in llama.cpp's order, zeros in placeholders", worst == 0.0, f"largest difference {worst}")
+    check(f"{name}: the parent's numbers in llama.cpp's order, zeros in what llama.cpp insists on", worst == 0.0, f"largest difference {worst}")
 
 
 def check_parent(evop, name, parent, work):

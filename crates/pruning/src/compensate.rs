@@ -57,6 +57,8 @@ pub(crate) struct Target {
     pub sums: Vec<f64>,
     /// Sum of |y|^2.
     pub energy: f64,
+    /// The same of what was added to the layer's own output.
+    pub added: f64,
 }
 
 impl Regression {
@@ -69,10 +71,11 @@ impl Regression {
         let at = || (0..outputs).flat_map(move |o| (0..size).map(move |j| (o, j)));
         let energy = at().map(|(o, j)| weight[(o, j)] * cross[(j, o)]).sum();
         let sums = (0..outputs).map(|o| (0..size).map(|j| weight[(o, j)] * gram.sums[j]).sum()).collect();
-        let own = Target { cross, sums, energy };
+        let own = Target { cross, sums, energy, added: 0.0 };
         let with = |more: &Cross| Target {
             cross: Matrix::from_fn(size, outputs, |j, o| own.cross[(j, o)] + more.products[j * outputs + o]),
             sums: own.sums.iter().zip(&more.sums).map(|(a, b)| a + b).collect(),
+            added: more.energy,
             energy: own.energy + more.energy + 2.0 * at().map(|(o, j)| weight[(o, j)] * more.products[j * outputs + o]).sum::<f64>(),
         };
         let mut targets: Vec<Target> = following.iter().map(with).collect();

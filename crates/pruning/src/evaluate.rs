@@ -280,33 +280,6 @@ impl<'a> Evaluator<'a> {
         known.sort_by(|a, b| a.0.cmp(&b.0));
         known
     }
-
-    /// The residual stream at every sub-block boundary of a pattern, for strategies that look at it: calls `visit(s, before, after)` for
-    /// the sub-blocks that it keeps, a pack at a time.
-    ///
-    /// # Errors
-    /// As [`Evaluator::evaluate`], and whatever `visit` returns.
-    pub fn visit(&mut self, pattern: &Pattern, mut visit: impl FnMut(usize, &Tensor, &Tensor) -> Result<()>) -> Result<()> {
-        let decoder = self.supernet.decoder();
-        for pack in &self.packs {
-            let mut hidden = decoder.embed(&pack.tokens, &pack.batch)?;
-            let mut forwards = 0;
-            for s in 0..decoder.last_boundary() {
-                let Some(block) = self.supernet.sub_block(s, self.supernet.level(pattern, s))? else {
-                    hidden = self.supernet.skip(s, &hidden)?;
-                    continue;
-                };
-                let after = decoder.device().with_context(|| decoder.apply(&block, s, &hidden, &pack.batch, &mut NoCache))?;
-                visit(s, &hidden, &after)?;
-                hidden = after;
-                forwards += pack.batch.spans().len();
-            }
-            let work = Work { block_forwards: forwards, naive_block_forwards: forwards, memo_block_forwards: forwards, ..Work::default() };
-            (self.record)(&[], work)?;
-            self.work.add(work);
-        }
-        Ok(())
-    }
 }
 
 /// One depth-first walk over the trie of sorted patterns.

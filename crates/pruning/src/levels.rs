@@ -186,9 +186,9 @@ impl Levels {
             let unseen = Statistics::watch(&mut held_out, decoder, block, s, &followers)?;
             levels.peak_statistics_bytes = levels.peak_statistics_bytes.max(train.bytes() + held_out.bytes() + 2 * seen.bytes());
             let weight = linalg::from_tensor(block.output().weight())?;
-            let [train_data, held_out_data] = [&seen, &unseen].map(|of| Regression::of_layer(of.gram.clone(), &weight, &of.following));
-            let mut made = Made::new(&train_data, &held_out_data, &unseen, &weight, block.unit(), &key.widths[s], key.options)?;
-            made.scale = key.wants_scale(decoder, s).then(|| unseen.scale(seen.factor()));
+            let scale = key.wants_scale(decoder, s).then(|| unseen.scale(seen.factor()));
+            let [train_data, held_out_data] = [seen, unseen].map(|of| Regression::of_layer(of.gram, &weight, &of.following));
+            let made = Made { scale, ..Made::new(&train_data, &held_out_data, &weight, block.unit(), &key.widths[s], key.options)? };
             let names = TensorNames::of(decoder.config().architecture);
             let name = if s.is_multiple_of(2) { names.o(s / 2) } else { names.down(s / 2) };
             let report = levels.write(s, &made, source.dtype(&name)?)?;
@@ -430,15 +430,7 @@ struct Made {
 }
 
 impl Made {
-    fn new(
-        train: &Regression,
-        held_out: &Regression,
-        unseen: &Statistics,
-        weight: &Matrix,
-        unit: usize,
-        partial: &[usize],
-        options: LevelOptions,
-    ) -> Result<Self> {
+    fn new(train: &Regression, held_out: &Regression, weight: &Matrix, unit: usize, partial: &[usize], options: LevelOptions) -> Result<Self> {
         let units = weight.ncols() / unit;
         let inputs = |order: &[usize], width: usize| order[..width].iter().flat_map(|u| u * unit..(u + 1) * unit).collect::<Vec<_>>();
         let identity: Vec<usize> = (0..units).collect();
@@ -479,14 +471,14 @@ impl Made {
             for (target, ridge) in &absorbing {
                 let refitted = Repaired { weight: train.ridge(*target, &kept, &raw.weight, *ridge)?, bias: None };
                 let repaired = held_out.error(*target, &refitted, &kept);
-                let energy = unseen.following[target - 1].energy.max(f64::MIN_POSITIVE);
+                let of = &held_out.targets[*target];
                 levels.push((
                     LevelError {
                         level: Level { width, absorbed: *target },
                         ridge: *ridge,
                         raw: held_out.error(*target, &own, &kept),
                         repaired,
-                        missing: whole.then(|| repaired * held_out.targets[*target].energy / energy),
+                        missing: whole.then(|| repaired * of.energy / of.added.max(f64::MIN_POSITIVE)),
                     },
                     refitted,
                 ));

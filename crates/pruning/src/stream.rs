@@ -37,10 +37,7 @@ impl Stream {
     /// Runs `block` in the place of sub-block `s`; `visit` sees every pack go through it.
     pub fn advance(&mut self, decoder: &Decoder, block: &SubBlock, s: usize, mut visit: impl FnMut(&Passage<'_>) -> Result<()>) -> Result<()> {
         for pack in &mut self.packs {
-            let inputs = decoder.device().with_context(|| decoder.inner(block, s, &pack.hidden, &pack.batch, &mut NoCache))?;
-            let after = decoder.device().with_context(|| decoder.add(block, &pack.hidden, &block.output().forward(&inputs)?))?;
-            visit(&Passage { inputs: &inputs, before: &pack.hidden, after: &after, batch: &pack.batch })?;
-            pack.hidden = after;
+            pack.hidden = Passage::through(decoder, block, s, &pack.hidden, &pack.batch, &mut visit)?;
         }
         Ok(())
     }
@@ -61,4 +58,21 @@ pub(crate) struct Passage<'p> {
     pub after: &'p Tensor,
     /// Its sequences.
     pub batch: &'p Batch,
+}
+
+impl Passage<'_> {
+    /// Runs `block` in the place of sub-block `s`, shows what goes through it, and gives the residual stream after it.
+    pub fn through(
+        decoder: &Decoder,
+        block: &SubBlock,
+        s: usize,
+        before: &Tensor,
+        batch: &Batch,
+        visit: impl FnOnce(&Passage<'_>) -> Result<()>,
+    ) -> Result<Tensor> {
+        let inputs = decoder.device().with_context(|| decoder.inner(block, s, before, batch, &mut NoCache))?;
+        let after = decoder.device().with_context(|| decoder.add(block, before, &block.output().forward(&inputs)?))?;
+        visit(&Passage { inputs: &inputs, before, after: &after, batch })?;
+        Ok(after)
+    }
 }

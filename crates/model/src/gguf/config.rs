@@ -2,7 +2,7 @@
 
 use super::metadata::Metadata;
 use super::rope::llama3_scaling;
-use super::{PLACEHOLDER_ATTENTION, PLACEHOLDER_FEED_FORWARD, ROPE_FREQS};
+use super::{ROPE_FREQS, ZERO_ATTENTION, ZERO_FEED_FORWARD};
 use crate::config::{Config, Positions, ShapeOrigin};
 use crate::rope::{RopeParameters, RopeScaling};
 use crate::{Error, Result};
@@ -15,7 +15,7 @@ struct Shapes {
     heads: Vec<usize>,
     kv_heads: Vec<usize>,
     ffn: Vec<usize>,
-    /// The widest MLP, placeholders counted: a config asks for a width even where there is no MLP.
+    /// The widest MLP, one of zeros counted: a config asks for a width even where there is no MLP.
     widest_ffn: usize,
 }
 
@@ -138,8 +138,8 @@ impl Shapes {
         };
         let widest_of = |ffn: &[usize]| ffn.iter().max().copied().unwrap_or(0);
         let declared = widest_of(&ffn);
-        clear(PLACEHOLDER_ATTENTION, &mut [&mut heads, &mut kv_heads])?;
-        clear(PLACEHOLDER_FEED_FORWARD, &mut [&mut ffn])?;
+        clear(ZERO_ATTENTION, &mut [&mut heads, &mut kv_heads])?;
+        clear(ZERO_FEED_FORWARD, &mut [&mut ffn])?;
         let widest_ffn = if widest_of(&ffn) > 0 { widest_of(&ffn) } else { declared };
         Ok(Self { heads, kv_heads, ffn, widest_ffn })
     }

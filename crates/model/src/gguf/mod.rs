@@ -26,9 +26,9 @@ pub use pre_tokenizer::name_of as pre_tokenizer_name;
 pub use source::{RowOrder, gguf_name, permute_rows};
 
 /// Layers whose attention is zeros: llama.cpp can't be told that the first layer has none.
-pub const PLACEHOLDER_ATTENTION: &str = "evop.placeholder.attention";
+pub const ZERO_ATTENTION: &str = "evop.zero.attention";
 /// Layers whose MLP is zeros: llama.cpp forgets the attention of a layer that has no MLP.
-pub const PLACEHOLDER_FEED_FORWARD: &str = "evop.placeholder.feed_forward";
+pub const ZERO_FEED_FORWARD: &str = "evop.zero.feed_forward";
 /// What `evop.json` says in a directory, as JSON text.
 pub const PROVENANCE: &str = "evop.provenance";
 /// One divisor a rotary frequency, [head_dim / 2].

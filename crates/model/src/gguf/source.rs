@@ -1,7 +1,7 @@
 //! A GGUF's tensors under Hugging Face names, q and k rows put back into Hugging Face's order.
 
 use super::metadata::Metadata;
-use super::{PLACEHOLDER_ATTENTION, PLACEHOLDER_FEED_FORWARD};
+use super::{ZERO_ATTENTION, ZERO_FEED_FORWARD};
 use crate::config::{Architecture, Config};
 use crate::safetensors_source::Bytes;
 use crate::source::{RawTensor, Source, Stored};
@@ -104,7 +104,7 @@ impl std::fmt::Debug for GgufSource {
 
 impl GgufSource {
     pub fn new(path: &Path, bytes: Bytes, content: Arc<Content>, config: &Config, metadata: &Metadata<'_>) -> Result<Self> {
-        let (no_attention, no_mlp) = (metadata.layers(PLACEHOLDER_ATTENTION)?, metadata.layers(PLACEHOLDER_FEED_FORWARD)?);
+        let (no_attention, no_mlp) = (metadata.layers(ZERO_ATTENTION)?, metadata.layers(ZERO_FEED_FORWARD)?);
         let mut names = BTreeMap::new();
         for gguf in content.tensor_infos.keys() {
             let Some((name, layer, part)) = hugging_face_name(gguf) else { continue };

@@ -1,32 +1,31 @@
-//! What some strategies look at beside losses: the inputs of output layers, and models whose weights they have changed.
+//! What some strategies look at beside losses: activations, and models whose weights they have changed.
 
 use super::{Evaluator, Work};
 use crate::Result;
 use crate::prefix_cache::PrefixCache;
+use crate::stream::Passage;
 use crate::supernet::Supernet;
-use evop_model::{NoCache, Pattern, Tensor};
+use evop_model::Pattern;
 use std::collections::HashMap;
 
 impl Evaluator<'_> {
-    /// The inputs of every output layer (`o_proj`, `down_proj`) under a pattern: calls `visit(s, inputs)` with [tokens, width * unit] for the
-    /// sub-blocks that it keeps, a pack at a time.
+    /// Runs a pattern over all sequences for strategies that look at activations: calls `visit` for every sub-block that it keeps, a pack at a time.
     ///
     /// # Errors
     /// As [`Evaluator::evaluate`], and whatever `visit` returns.
-    pub fn visit_inputs(&mut self, pattern: &Pattern, mut visit: impl FnMut(usize, &Tensor) -> Result<()>) -> Result<()> {
+    pub(crate) fn visit(&mut self, pattern: &Pattern, mut visit: impl FnMut(usize, &Passage<'_>) -> Result<()>) -> Result<()> {
         let decoder = self.supernet.decoder();
         for pack in &self.packs {
-            let mut hidden = decoder.embed(&pack.tokens, &pack.batch)?;
+            let batch = &pack.batch;
+            let mut hidden = decoder.embed(&pack.tokens, batch)?;
             let mut forwards = 0;
             for s in 0..decoder.last_boundary() {
                 let Some(block) = self.supernet.sub_block(s, self.supernet.level(pattern, s))? else {
                     hidden = self.supernet.skip(s, &hidden)?;
                     continue;
                 };
-                let inputs = decoder.device().with_context(|| decoder.inner(&block, s, &hidden, &pack.batch, &mut NoCache))?;
-                visit(s, &inputs)?;
-                hidden = decoder.device().with_context(|| decoder.add(&block, &hidden, &block.output().forward(&inputs)?))?;
-                forwards += pack.batch.spans().len();
+                hidden = Passage::through(decoder, &block, s, &hidden, batch, |passage| visit(s, passage))?;
+                forwards += batch.spans().len();
             }
             let work = Work { block_forwards: forwards, naive_block_forwards: forwards, memo_block_forwards: forwards, ..Work::default() };
             (self.record)(&[], work)?;

@@ -6,6 +6,7 @@ use super::{Found, Progress, Strategy, one_shot, whole_layers};
 use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::space::{Genome, SearchSpace};
+use crate::stream::Passage;
 use candle_core::{DType, Device, Tensor};
 use evop_model::kernels;
 use rayon::prelude::*;
@@ -19,7 +20,7 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
     let last = (0..2 * layers).rev().find(|s| space.dense().keeps(*s)).unwrap_or(0);
     let mut products = vec![vec![0.0; layers]; layers];
     let mut outputs: Vec<Vec<f32>> = vec![Vec::new(); layers];
-    evaluator.visit(space.dense(), |s, _, after| {
+    evaluator.visit(space.dense(), |s, Passage { after, .. }| {
         // a layer's last sub-block overwrites what its first one left
         outputs[s / 2] = token_products(after)?;
         if s == last {

@@ -15,7 +15,7 @@ pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_roun
     let units = SubBlockUnit::all(space, Strategy::Flap)?;
     let decoder = evaluator.supernet().decoder();
     let mut moments: Vec<Moments> = (0..decoder.last_boundary()).map(|s| Moments::new(decoder.sub_block(s).map_or(0, |b| b.output().inputs()))).collect();
-    evaluator.visit_inputs(space.dense(), |s, inputs| moments[s].add(inputs))?;
+    evaluator.visit(space.dense(), |s, passage| moments[s].add(passage.inputs))?;
     // (score, unit of the space), a line a head or channel, the most important first
     let mut ranking: Vec<(f64, usize)> = Vec::new();
     for (u, unit) in units.iter().enumerate() {

@@ -13,6 +13,7 @@ use crate::evaluate::Evaluator;
 use crate::gram::Gram;
 use crate::linalg::{self, Matrix};
 use crate::space::SearchSpace;
+use crate::stream::Passage;
 use crate::supernet::Supernet;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -54,9 +55,9 @@ fn most_alike(evaluator: &mut Evaluator<'_>, pattern: &Pattern) -> Result<(usize
     let kept: Vec<usize> = (0..pattern.layers().len()).filter(|l| pattern.keeps(2 * l)).collect();
     let mut cosines = vec![0.0; pattern.layers().len()];
     let mut input: Option<Tensor> = None;
-    evaluator.visit(pattern, |s, before, _| {
+    evaluator.visit(pattern, |s, Passage { before, .. }| {
         if s.is_multiple_of(2)
-            && let Some(earlier) = input.replace(before.clone()).filter(|_| s / 2 != kept[0])
+            && let Some(earlier) = input.replace((*before).clone()).filter(|_| s / 2 != kept[0])
         {
             cosines[s / 2] += cosine_sum(&earlier, before)?.0;
         }
@@ -74,7 +75,7 @@ fn choose(evaluator: &mut Evaluator<'_>, decoder: &Decoder, pattern: &Pattern, i
     let groups = {
         let mut energy: Vec<f64> = Vec::new();
         evaluator.over(&Supernet::raw(&whole), |e| {
-            e.visit_inputs(&widened(&whole, pattern), |s, inputs| {
+            e.visit(&widened(&whole, pattern), |s, Passage { inputs, .. }| {
                 if s == 2 * into {
                     let sums = inputs.to_dtype(DType::F32)?.abs()?.sum(0)?.to_vec1::<f32>()?;
                     energy.resize(sums.len(), 0.0);
@@ -94,7 +95,7 @@ fn choose(evaluator: &mut Evaluator<'_>, decoder: &Decoder, pattern: &Pattern, i
     let (weight, _) = output_of(&narrowed, 2 * into + 1)?;
     let mut gram = Gram::new(weight.ncols());
     evaluator.over(&Supernet::raw(&narrowed), |e| {
-        e.visit_inputs(&widened(&narrowed, pattern), |s, inputs| {
+        e.visit(&widened(&narrowed, pattern), |s, Passage { inputs, .. }| {
             if s != 2 * into + 1 {
                 return Ok(());
             }

@@ -7,7 +7,7 @@
 use super::racing::{self, race};
 use super::seeds::{Sensitivities, grow, seeds, shrink};
 use super::surrogate::{Surrogate, rank_correlation};
-use super::{Best, ELITE, Found, Progress, preparing, round_rng};
+use super::{Best, ELITE, Found, Progress, cross, preparing, round_rng, step};
 use crate::evaluate::Evaluator;
 use crate::objective::Fitness;
 use crate::space::{Genome, SearchSpace};
@@ -176,7 +176,7 @@ impl State<'_> {
         let mut child = parent.clone();
         if self.elite.len() > 1 && rng.random_bool(0.25) {
             if let Some((other, _)) = self.elite.choose(rng) {
-                child.iter_mut().zip(other).for_each(|(a, b)| *a = if rng.random_bool(0.5) { *a } else { *b });
+                cross(&mut child, other, rng);
             }
             self.repair(&mut child, None, rng);
         }
@@ -189,13 +189,7 @@ impl State<'_> {
 
     /// Some steps down at one unit and up at others, or some up at one and down at others.
     fn switch(&self, genome: &mut Genome, rng: &mut ChaCha8Rng) {
-        let up = rng.random_bool(0.5);
-        let can_move = |u: &usize| if up { usize::from(genome[*u]) + 1 < self.space.options(*u) } else { genome[*u] > 0 };
-        let Some(unit) = (0..self.space.units()).filter(can_move).choose(rng) else { return };
-        let room = if up { self.space.options(unit) - 1 - usize::from(genome[unit]) } else { usize::from(genome[unit]) };
-        // mostly one step, sometimes to the end: a drop in one move
-        let steps = if rng.random_bool(0.2) { room } else { rng.random_range(1..=room.min(2)) } as u8;
-        genome[unit] = if up { genome[unit] + steps } else { genome[unit] - steps };
+        let Some(unit) = step(self.space, genome, rng) else { return };
         self.repair(genome, Some(unit), rng);
     }
 
@@ -204,7 +198,7 @@ impl State<'_> {
         while !self.space.fits(genome) {
             let lowerable = (0..self.space.units()).filter(|u| Some(*u) != moved && genome[*u] > 0).choose_multiple(rng, 3);
             // of three random units the one that is expected to suffer least
-            let guided = lowerable.iter().copied().min_by(|a, b| self.step(*a, genome, -1).total_cmp(&self.step(*b, genome, -1)));
+            let guided = lowerable.iter().copied().min_by(|a, b| self.expected(*a, genome, -1).total_cmp(&self.expected(*b, genome, -1)));
             match guided {
                 Some(unit) => genome[unit] -= 1,
                 None => break,
@@ -220,7 +214,7 @@ impl State<'_> {
             let raisable = (0..self.space.units())
                 .filter(|u| Some(*u) != moved && self.space.raised(genome, *u).is_some_and(|more| self.space.fits(&more)))
                 .choose_multiple(rng, 3);
-            match raisable.iter().copied().min_by(|a, b| self.step(*a, genome, 1).total_cmp(&self.step(*b, genome, 1))) {
+            match raisable.iter().copied().min_by(|a, b| self.expected(*a, genome, 1).total_cmp(&self.expected(*b, genome, 1))) {
                 Some(unit) => genome[unit] += 1,
                 None => break,
             }
@@ -232,7 +226,7 @@ impl State<'_> {
     }
 
     /// Expected change of loss when a unit moves one step; without sensitivities all are equal.
-    fn step(&self, unit: usize, genome: &[u8], direction: i8) -> f64 {
+    fn expected(&self, unit: usize, genome: &[u8], direction: i8) -> f64 {
         let to = genome[unit].saturating_add_signed(direction);
         self.sensitivities.as_ref().map_or(0.0, |s| s.change(unit, genome[unit], to))
     }

@@ -31,7 +31,8 @@ use crate::objective::Fitness;
 use crate::space::{Genome, SearchSpace, Space};
 use crate::{Error, Result};
 use evop_model::{Gene, Pattern};
-use rand::SeedableRng;
+use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
@@ -270,6 +271,22 @@ fn round_rng(seed: u64, round: usize) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(round as u64);
     rng
+}
+
+/// Uniform crossover: each unit from either parent.
+fn cross(genome: &mut Genome, other: &[u8], rng: &mut ChaCha8Rng) {
+    genome.iter_mut().zip(other).for_each(|(a, b)| *a = if rng.random_bool(0.5) { *a } else { *b });
+}
+
+/// Moves a random unit up or down, and says which: mostly by one or two options, sometimes to the end, which makes a drop one move.
+fn step(space: &SearchSpace, genome: &mut Genome, rng: &mut ChaCha8Rng) -> Option<usize> {
+    let up = rng.random_bool(0.5);
+    let can_move = |u: &usize| if up { usize::from(genome[*u]) + 1 < space.options(*u) } else { genome[*u] > 0 };
+    let unit = (0..space.units()).filter(can_move).choose(rng)?;
+    let room = if up { space.options(unit) - 1 - usize::from(genome[unit]) } else { usize::from(genome[unit]) };
+    let steps = if rng.random_bool(0.2) { room } else { rng.random_range(1..=room.min(2)) } as u8;
+    genome[unit] = if up { genome[unit] + steps } else { genome[unit] - steps };
+    Some(unit)
 }
 
 /// Progress before the first round.

@@ -5,16 +5,14 @@
 //! single units up or down, so they land at any cost; all other budgets hold for every point.
 
 use super::seeds::{Sensitivities, seeds};
-use super::{Best, ELITE, Found, Progress, preparing, round_rng};
+use super::{Best, ELITE, Found, Progress, cross, preparing, round_rng, step};
 use crate::evaluate::Evaluator;
 use crate::space::{Genome, SearchSpace};
 use crate::{Error, Result};
 use evop_model::Pattern;
 use rand::Rng;
-use rand::seq::{IndexedRandom, IteratorRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
-use std::cmp::Ordering;
 use std::collections::BTreeSet;
 
 /// Parameters of the search for a front.
@@ -95,8 +93,7 @@ pub(super) fn search(
                 population.push(Point { kept: space.totals(&genome)[0], genome, pattern, loss: fitness.loss });
             }
         }
-        let (survivors, ranks) = survive(population, options.population);
-        population = survivors;
+        population = survive(population, options.population);
         evaluator.anchor(&population.iter().map(|p| p.pattern.clone()).collect::<Vec<_>>());
         best.end_round(options.generations + 1, evaluator, on_round)?;
         if generation == options.generations || population.is_empty() {
@@ -108,7 +105,7 @@ pub(super) fn search(
             if children.len() == options.population {
                 break;
             }
-            let child = child(&population, &ranks, &widest, &mut rng);
+            let child = child(&population, &widest, &mut rng);
             if !seen.contains(&child) && !children.contains(&child) && space.totals(&child)[0] >= options.least {
                 children.push(child);
             }
@@ -134,14 +131,11 @@ fn first_front(points: &[Point]) -> Vec<usize> {
     (0..points.len()).filter(|i| !points.iter().any(|other| dominates(other, &points[*i]))).collect()
 }
 
-/// The best `count` by front and, within a front, by crowding distance; with the rank of each, best first.
-fn survive(points: Vec<Point>, count: usize) -> (Vec<Point>, Vec<usize>) {
+/// The best `count`, best first: by front and, within a front, by crowding distance.
+fn survive(points: Vec<Point>, count: usize) -> Vec<Point> {
     let mut left: Vec<Point> = points;
-    let (mut survivors, mut ranks) = (Vec::new(), Vec::new());
-    for rank in 0.. {
-        if survivors.len() >= count || left.is_empty() {
-            break;
-        }
+    let mut survivors = Vec::new();
+    while survivors.len() < count && !left.is_empty() {
         let front = first_front(&left);
         let (mut of_front, mut rest) = (Vec::new(), Vec::new());
         left.into_iter().enumerate().for_each(|(i, p)| if front.binary_search(&i).is_ok() { of_front.push(p) } else { rest.push(p) });
@@ -152,10 +146,9 @@ fn survive(points: Vec<Point>, count: usize) -> (Vec<Point>, Vec<usize>) {
         let mut of_front: Vec<Option<Point>> = of_front.into_iter().map(Some).collect();
         for i in order.into_iter().take(count - survivors.len()) {
             survivors.extend(of_front[i].take());
-            ranks.push(rank);
         }
     }
-    (survivors, ranks)
+    survivors
 }
 
 /// How much room a point has in its front: the relative distance of its neighbours in both directions, infinite at the ends.
@@ -176,25 +169,15 @@ fn crowding(front: &[Point]) -> Vec<f64> {
 
 /// Crossover of two tournament winners in a quarter of the cases, then up to three steps of single units; repaired where a budget besides the
 /// first one is broken, or nothing is removed.
-fn child(population: &[Point], ranks: &[usize], widest: &SearchSpace, rng: &mut ChaCha8Rng) -> Genome {
-    let order: Vec<usize> = (0..population.len()).collect();
-    // survivors are sorted by rank and then by crowding: of two the earlier one wins
-    let winner = |rng: &mut ChaCha8Rng| {
-        let picked: Vec<usize> = order.choose_multiple(rng, 2).copied().collect();
-        picked.into_iter().min_by(|a, b| ranks[*a].cmp(&ranks[*b]).then(a.cmp(b)).then(Ordering::Equal)).unwrap_or(0)
-    };
+fn child(population: &[Point], widest: &SearchSpace, rng: &mut ChaCha8Rng) -> Genome {
+    // the population is sorted, best first: of two the earlier one wins
+    let winner = |rng: &mut ChaCha8Rng| rng.random_range(0..population.len()).min(rng.random_range(0..population.len()));
     let mut genome = population[winner(rng)].genome.clone();
     if rng.random_bool(0.25) {
-        let other = &population[winner(rng)].genome;
-        genome.iter_mut().zip(other).for_each(|(a, b)| *a = if rng.random_bool(0.5) { *a } else { *b });
+        cross(&mut genome, &population[winner(rng)].genome, rng);
     }
     for _ in 0..rng.random_range(1..=3) {
-        let up = rng.random_bool(0.5);
-        let movable = |u: &usize| if up { usize::from(genome[*u]) + 1 < widest.options(*u) } else { genome[*u] > 0 };
-        let Some(unit) = (0..widest.units()).filter(movable).choose(rng) else { continue };
-        let room = if up { widest.options(unit) - 1 - usize::from(genome[unit]) } else { usize::from(genome[unit]) };
-        let steps = if rng.random_bool(0.2) { room } else { rng.random_range(1..=room.min(2)) } as u8;
-        genome[unit] = if up { genome[unit] + steps } else { genome[unit] - steps };
+        step(widest, &mut genome, rng);
     }
     if !widest.fits(&genome) {
         widest.repair(&mut genome, rng);
@@ -226,10 +209,9 @@ mod tests {
     fn the_ends_and_the_points_with_room_survive() {
         // five on one front, the middle ones at 0.50 and 0.52 crowd each other; one that is dominated
         let all = points(&[(0.3, 5.0), (0.5, 3.0), (0.52, 2.9), (0.8, 1.0), (1.0, 0.0), (0.9, 4.0)]);
-        let (survivors, ranks) = survive(all, 4);
+        let survivors = survive(all, 4);
         let mut kept: Vec<f64> = survivors.iter().map(|p| p.kept).collect();
         kept.sort_by(f64::total_cmp);
         assert!(kept == [0.3, 0.5, 0.8, 1.0] || kept == [0.3, 0.52, 0.8, 1.0], "{kept:?}");
-        assert_eq!(ranks, [0, 0, 0, 0]);
     }
 }

@@ -10,6 +10,7 @@ use super::adjust::{Adjustment, adjust};
 use super::{Best, Found, Progress, Strategy, removals, whole_layers, without};
 use crate::evaluate::Evaluator;
 use crate::space::SearchSpace;
+use crate::stream::Passage;
 use crate::supernet::Supernet;
 use crate::{Error, Result};
 use candle_core::{DType, Tensor};
@@ -54,7 +55,7 @@ fn magnitude_ratio(evaluator: &mut Evaluator<'_>, pattern: &Pattern, layer: usiz
     let blocks: Vec<usize> = [2 * layer, 2 * layer + 1].into_iter().filter(|s| pattern.keeps(*s)).collect();
     let (mut sum, mut count) = (0.0, 0usize);
     let mut input = None;
-    evaluator.visit(pattern, |s, before, after| {
+    evaluator.visit(pattern, |s, Passage { before, after, .. }| {
         if blocks.first() == Some(&s) {
             input = Some(channel_norms(before)?);
         }

@@ -4,15 +4,16 @@ use super::{Found, Progress, Strategy, drop_in_order, one_shot, whole_layers};
 use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::space::SearchSpace;
+use crate::stream::Passage;
 use candle_core::{D, DType, Tensor};
 
 pub(super) fn search(evaluator: &mut Evaluator<'_>, space: &SearchSpace, on_round: &mut dyn FnMut(Progress) -> Result<()>) -> Result<Found> {
     let layers = whole_layers(space, Strategy::Shortgpt)?;
     let mut cosines = vec![(0.0, 0usize); layers];
     let mut before_layer = None;
-    evaluator.visit(space.dense(), |s, before, after| {
+    evaluator.visit(space.dense(), |s, Passage { before, after, .. }| {
         if s.is_multiple_of(2) {
-            before_layer = Some(before.clone());
+            before_layer = Some((*before).clone());
         } else if let Some(before) = &before_layer {
             let (sum, tokens) = cosine_sum(before, after)?;
             cosines[s / 2].0 += sum;

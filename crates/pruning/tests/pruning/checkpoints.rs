@@ -170,9 +170,9 @@ fn gguf_types_keep_what_they_can() {
         let checkpoint = Checkpoint::open(&out).unwrap();
         let difference = difference(&expected, &logits(&decoder(&checkpoint)));
         assert!(difference <= worst, "{weights:?}: {difference}");
-        assert_eq!(checkpoint.config().layers[3].shape.ffn, 0, "the placeholder of layer 3 isn't read");
+        assert_eq!(checkpoint.config().layers[3].shape.ffn, 0, "the MLP of zeros in layer 3 isn't read");
         sizes.push(written.weight_bytes);
-        // 32 columns of the placeholder's down_proj are no 256
+        // 32 columns of that down_proj are no 256
         assert_eq!(
             written.notes.iter().any(|n| n.contains("no whole number of q4_k blocks: `blk.3.ffn_down.weight` with 32 columns is Q8_0")),
             weights == Some(WeightType::Q4K)

@@ -4,8 +4,8 @@ use crate::checkpoint::plan::{Plan, Projection};
 use crate::{Error, Result};
 use evop_model::{Activation, Architecture as Family, LayerShape, Positions, RopeScaling};
 
-/// Channels of an MLP that is a placeholder: a block of the smallest quantised type.
-pub(super) const PLACEHOLDER_FFN: usize = 32;
+/// Channels of an MLP of zeros: a block of the smallest quantised type.
+pub(super) const ZERO_FFN: usize = 32;
 
 /// An architecture, and the layers as it has to have them.
 #[derive(Debug)]
@@ -14,12 +14,12 @@ pub(super) struct Architecture {
     pub name: &'static str,
     /// Whether the halves of rotary heads take turns.
     pub interleaved: bool,
-    /// The layers' shapes, placeholders included.
+    /// The layers' shapes, those of zeros included.
     pub shapes: Vec<LayerShape>,
-    /// Layers whose attention is a placeholder.
-    pub placeholder_attention: Vec<usize>,
-    /// Layers whose MLP is a placeholder.
-    pub placeholder_mlp: Vec<usize>,
+    /// Layers whose attention is zeros.
+    pub zero_attention: Vec<usize>,
+    /// Layers whose MLP is zeros.
+    pub zero_mlp: Vec<usize>,
 }
 
 impl Architecture {
@@ -57,14 +57,14 @@ impl Architecture {
             Family::Llama | Family::Mistral | Family::Qwen2 => (if uniform { "llama" } else { "deci" }, true),
         };
         let mut architecture =
-            Self { name, interleaved, shapes: config.layers.iter().map(|l| l.shape).collect(), placeholder_attention: Vec::new(), placeholder_mlp: Vec::new() };
+            Self { name, interleaved, shapes: config.layers.iter().map(|l| l.shape).collect(), zero_attention: Vec::new(), zero_mlp: Vec::new() };
         if architecture.shapes[0].kv_groups == 0 {
             (architecture.shapes[0].kv_groups, architecture.shapes[0].group_size) = (1, 1);
-            architecture.placeholder_attention.push(0);
+            architecture.zero_attention.push(0);
         }
         for (layer, shape) in architecture.shapes.iter_mut().enumerate().filter(|(_, s)| s.ffn == 0) {
-            shape.ffn = PLACEHOLDER_FFN;
-            architecture.placeholder_mlp.push(layer);
+            shape.ffn = ZERO_FFN;
+            architecture.zero_mlp.push(layer);
         }
         Ok(architecture)
     }

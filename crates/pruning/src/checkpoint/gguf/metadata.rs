@@ -6,7 +6,7 @@ use crate::checkpoint::plan::Plan;
 use crate::checkpoint::{Contents, WeightType, shortest_window, window_note};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
-use evop_model::gguf::{PLACEHOLDER_ATTENTION, PLACEHOLDER_FEED_FORWARD, PROVENANCE, Value};
+use evop_model::gguf::{PROVENANCE, Value, ZERO_ATTENTION, ZERO_FEED_FORWARD};
 use evop_model::{LayerShape, Positions, RopeScaling};
 
 /// The key-value pairs of the model, in the order in which llama.cpp's converter has them.
@@ -55,8 +55,8 @@ pub(super) fn entries(
     if tensors.iter().any(|t| t.kind.block_size() > 1) {
         entries.push(("general.quantization_version".into(), Value::U32(2)));
     }
-    placeholder(PLACEHOLDER_ATTENTION, "an attention", &architecture.placeholder_attention, &mut entries, notes)?;
-    placeholder(PLACEHOLDER_FEED_FORWARD, "an MLP", &architecture.placeholder_mlp, &mut entries, notes)?;
+    list_zeros(ZERO_ATTENTION, "an attention", &architecture.zero_attention, &mut entries, notes)?;
+    list_zeros(ZERO_FEED_FORWARD, "an MLP", &architecture.zero_mlp, &mut entries, notes)?;
     if let Some(provenance) = contents.provenance {
         entries.push((PROVENANCE.into(), text(&provenance.to_string())));
     }
@@ -106,7 +106,7 @@ fn rope_scaling(scaling: Option<&RopeScaling>, original_context: usize, notes: &
     })
 }
 
-fn placeholder(key: &str, what: &str, layers: &[usize], entries: &mut Vec<(String, Value)>, notes: &mut Vec<String>) -> Result<()> {
+fn list_zeros(key: &str, what: &str, layers: &[usize], entries: &mut Vec<(String, Value)>, notes: &mut Vec<String>) -> Result<()> {
     if layers.is_empty() {
         return Ok(());
     }

@@ -1,8 +1,8 @@
 //! GGUF version 3, for llama.cpp and what is built on it.
 //!
 //! Equal layers make a `llama`, `qwen2` or `qwen3` file, layers that differ a `deci` file with one number a layer. Two things `deci` can't say
-//! get a placeholder of zeros (llama.cpp's `src/models/deci.cpp`): the first layer needs an attention, because head sizes are taken from it, and
-//! an attention needs an MLP in its layer, because the output of a layer without one is its input. Keys of our own name the placeholders, so that
+//! get a sub-block of zeros (llama.cpp's `src/models/deci.cpp`): the first layer needs an attention, because head sizes are taken from it, and
+//! an attention needs an MLP in its layer, because the output of a layer without one is its input. Keys of our own name those, so that
 //! this project's reader leaves them out again.
 
 mod architecture;

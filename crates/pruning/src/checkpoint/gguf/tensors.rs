@@ -36,7 +36,7 @@ pub(super) fn plan(plan: &Plan, architecture: &Architecture, weights: Option<Wei
     if let Some(divisors) = rope_divisors(plan) {
         tensors.push(GgufTensor { name: ROPE_FREQS.into(), kind: GgmlDType::F32, shape: vec![divisors.len()], numbers: Numbers::Values(divisors) });
     }
-    for planned in plan.tensors.iter().cloned().chain(placeholders(plan, architecture, names)) {
+    for planned in plan.tensors.iter().cloned().chain(zero_sub_blocks(plan, architecture, names)) {
         let name = gguf_name(&planned.name).ok_or_else(|| Error::Format(format!("GGUF has no name for tensor `{}`", planned.name)))?;
         let heads = names.in_layer(&planned.name).filter(|_| architecture.interleaved).and_then(|(layer, part)| {
             let shape = architecture.shapes.get(layer)?;
@@ -54,12 +54,12 @@ pub(super) fn plan(plan: &Plan, architecture: &Architecture, weights: Option<Wei
 }
 
 /// Zeros for the sub-blocks that llama.cpp insists on.
-fn placeholders(plan: &Plan, architecture: &Architecture, names: TensorNames) -> Vec<Planned> {
+fn zero_sub_blocks(plan: &Plan, architecture: &Architecture, names: TensorNames) -> Vec<Planned> {
     let (hidden, d) = (plan.config.hidden_size, plan.config.head_dim);
     let dtype = plan.tensors.first().map_or(DType::F32, |t| t.dtype);
     let zeros = |name: String, shape: &[usize]| Planned { name, origin: Origin::Zeros, shape: shape.to_vec(), dtype };
     let mut tensors = Vec::new();
-    for l in &architecture.placeholder_attention {
+    for l in &architecture.zero_attention {
         let (q, kv) = (architecture.shapes[*l].kv_groups * architecture.shapes[*l].group_size * d, architecture.shapes[*l].kv_groups * d);
         tensors.extend([
             zeros(names.attention_norm(*l), &[hidden]),
@@ -69,7 +69,7 @@ fn placeholders(plan: &Plan, architecture: &Architecture, names: TensorNames) ->
             zeros(names.o(*l), &[hidden, q]),
         ]);
     }
-    for l in &architecture.placeholder_mlp {
+    for l in &architecture.zero_mlp {
         let ffn = architecture.shapes[*l].ffn;
         tensors.extend([
             zeros(names.mlp_norm(*l), &[hidden]),
