@@ -15,29 +15,34 @@
 //! The search is deterministic, so its state **is** the log: `--resume` runs it again over the log's results and goes on where they end.
 //! A kill loses at most the batch under way.
 
+mod log;
+mod outcome;
+
 use crate::budget::{Budget, LatencyTable, Resource};
 use crate::calibration::{Calibration, CalibrationOptions, CalibrationStep, Corpus};
-use crate::checkpoint::{Contents, Format, Written};
+use crate::checkpoint::{Contents, Format};
 use crate::compensate::SkipCompensation;
 use crate::embed::{Embedder, HiddenStates, SentenceTransformer};
 use crate::eval::{self, Perplexity};
 use crate::evaluate::{Evaluator, Sample, Savings, Work};
 use crate::latency;
-use crate::levels::{Level, LevelKey, LevelOptions, LevelReport, Levels, tokens_sha256};
+use crate::levels::{LevelKey, LevelOptions, Levels, tokens_sha256};
 use crate::objective::Objective;
-use crate::per_cluster::{self, ClusterPattern};
-use crate::search::{self, Certificate, Found, Progress, SearchOptions};
+use crate::per_cluster;
+use crate::search::{self, Found, Progress, SearchOptions};
 use crate::space::{SearchSpace, SpaceOptions};
 use crate::supernet::Supernet;
 use crate::{Error, Result, report, storage};
-use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Gene, Pattern};
+use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Pattern};
+use log::{Log, Phase};
+use outcome::peak_resident;
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+pub use outcome::{CalibrationReport, HeldOut, Memory, Outcome, Seconds};
 
 /// Everything that decides a run's result.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -101,33 +106,6 @@ const CLUSTER_VECTORS: &str = "clusters.safetensors";
 /// The file that makes a run directory a checkpoint.
 pub const PROVENANCE: &str = "evop.json";
 
-/// A line of `search.jsonl`.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum LogLine {
-    Evaluation {
-        genes: Vec<Gene>,
-        segments: Vec<f64>,
-        /// Of one cluster's sequences.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        cluster: Option<usize>,
-    },
-    Work {
-        phase: Phase,
-        work: Work,
-        seconds: f64,
-    },
-}
-
-/// Which part of a run did some work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Phase {
-    Search,
-    Certificate,
-    Clusters,
-}
-
 /// Where a run stands.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Step {
@@ -169,120 +147,6 @@ pub enum Step {
     },
     /// Writing the checkpoint.
     Writing,
-}
-
-/// What a finished run reports.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Outcome {
-    /// The inputs.
-    pub run: Run,
-    /// The pattern chosen.
-    pub found: Found,
-    /// The search's result against the optimum, where the space was enumerated.
-    pub certificate: Option<Certificate>,
-    /// The objective of the dense model on the calibration sequences.
-    pub dense_loss: f64,
-    /// The choice among the best patterns on held-out sequences.
-    pub held_out: HeldOut,
-    /// A pattern for every cluster, where they were asked for.
-    pub clusters: Vec<ClusterPattern>,
-    /// What they cost in addition.
-    pub clusters_work: Work,
-    /// Perplexity of the dense model on text that the search never saw.
-    pub dense: Perplexity,
-    /// The same of the pruned model.
-    pub pruned: Perplexity,
-    /// What the search computed (the certificate not counted).
-    pub work: Work,
-    /// What the certificate computed in addition.
-    pub certificate_work: Work,
-    /// Seconds by phase; the search's over all attempts.
-    pub seconds: Seconds,
-    /// Block parameters before and after.
-    pub block_parameters: (usize, usize),
-    /// All parameters before and after.
-    pub parameters: (usize, usize),
-    /// Key/value cache bytes per token (2 bytes a number) before and after.
-    pub kv_bytes_per_token: (usize, usize),
-    /// Fractions of each budget's resource that are kept.
-    pub kept_of_budgets: Vec<(Budget, f64)>,
-    /// The calibration set, its tokens left out.
-    pub calibration: CalibrationReport,
-    /// What was chosen for every sub-block with levels.
-    pub levels: Vec<LevelReport>,
-    /// How skipped sub-blocks are made up for.
-    pub skips: SkipCompensation,
-    /// Per sub-block, the level of the pattern.
-    pub pattern_levels: Vec<Level>,
-    /// The model's widths: whole, and kept.
-    pub widths: Vec<(usize, usize)>,
-    /// Bytes held for speed: statistics and residual streams at most, dense distributions, boundary states (now, at most).
-    pub memory: Memory,
-    /// The checkpoint's files, and what tools that read it can't do with it.
-    pub written: Written,
-}
-
-/// A choice on held-out sequences.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct HeldOut {
-    /// Patterns that were compared.
-    pub candidates: usize,
-    /// Place of the chosen one in the search's own order, from 0.
-    pub chosen: usize,
-    /// Its loss there.
-    pub loss: f64,
-    /// Its loss on the sequences that the search saw, less than the other by what was overfitted.
-    pub search_loss: f64,
-}
-
-/// Where the time went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Seconds {
-    /// Sampling the calibration set.
-    pub calibration: f64,
-    /// The level database (0 where it was there).
-    pub levels: f64,
-    /// Search and certificate, over all attempts.
-    pub search: f64,
-    /// The clusters' own patterns, in this attempt.
-    pub clusters: f64,
-    /// Held-out choice, perplexities and writing.
-    pub finish: f64,
-}
-
-/// Bytes held beside the model.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
-pub struct Memory {
-    /// Statistics of one sub-block and the residual streams, while levels were built.
-    pub statistics: usize,
-    /// The dense model's next-token distributions.
-    pub distributions: usize,
-    /// Boundary states at the end, and their bound.
-    pub prefix_cache: (usize, usize),
-    /// The most that this process ever held, where the system tells (Linux).
-    pub peak_resident: Option<usize>,
-}
-
-/// `VmHWM` of /proc/self/status.
-fn peak_resident() -> Option<usize> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kilobytes: usize = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?.trim().trim_end_matches(" kB").trim().parse().ok()?;
-    Some(kilobytes * 1024)
-}
-
-/// A calibration set without its tokens.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct CalibrationReport {
-    /// What turned chunks into vectors.
-    pub embedder: String,
-    /// What each corpus gave.
-    pub corpora: Vec<crate::calibration::CorpusReport>,
-    /// Chunks in each cluster.
-    pub cluster_sizes: Vec<usize>,
-    /// The chunks in a plane.
-    pub picture: Vec<crate::calibration::Point>,
-    /// Tokens of the sequences that patterns were scored on, of those for statistics, of those held out.
-    pub tokens: [usize; 3],
 }
 
 /// What a run needs from outside of its directory.
@@ -615,79 +479,6 @@ fn perplexities(
     let pruned = eval::perplexity(pruned, &tokens, window, |done, all| step(all + done, 2 * all))?;
     stopped?;
     Ok((dense, pruned))
-}
-
-/// The append-only log of evaluations.
-struct Log {
-    path: PathBuf,
-    file: File,
-    evaluations: Vec<(Option<usize>, Vec<Gene>, Vec<f64>)>,
-    /// By phase.
-    work: [Work; 3],
-    seconds: f64,
-}
-
-impl Log {
-    /// Opens the log, dropping a last line that a kill cut short.
-    fn open(path: &Path) -> Result<Self> {
-        let io = |e| Error::io(path, e);
-        let file = OpenOptions::new().read(true).append(true).create(true).open(path).map_err(io)?;
-        let mut log = Self { path: path.to_path_buf(), file, evaluations: Vec::new(), work: [Work::default(); 3], seconds: 0.0 };
-        let mut reader = BufReader::new(File::open(path).map_err(io)?);
-        let (mut whole, mut line, mut number) = (0u64, Vec::new(), 0);
-        // the evaluations of a batch count once the batch's work line is there
-        let mut batch = Vec::new();
-        loop {
-            line.clear();
-            let read = reader.read_until(b'\n', &mut line).map_err(io)? as u64;
-            if read == 0 || line.last() != Some(&b'\n') {
-                break;
-            }
-            number += 1;
-            let parsed = serde_json::from_slice(&line);
-            match parsed.map_err(|e| Error::RunDirectory { path: path.to_path_buf(), message: format!("line {number} is not what a run writes there: {e}") })? {
-                LogLine::Evaluation { genes, segments, cluster } => batch.push((cluster, genes, segments)),
-                LogLine::Work { phase, work, seconds } => {
-                    log.evaluations.append(&mut batch);
-                    log.work[phase as usize].add(work);
-                    log.seconds += seconds;
-                    whole = reader.stream_position().map_err(io)?;
-                }
-            }
-        }
-        log.file.set_len(whole).map_err(io)?;
-        log.file.seek(SeekFrom::End(0)).map_err(io)?;
-        Ok(log)
-    }
-
-    /// What was evaluated on the sequences of all clusters, or of one.
-    fn known(&self, config: &Config, cluster: Option<usize>) -> Result<HashMap<Pattern, Vec<f64>>> {
-        // a pattern that was evaluated on more tokens later has its longer list last
-        let of_cluster = self.evaluations.iter().filter(|(of, _, _)| *of == cluster);
-        of_cluster.map(|(_, genes, segments)| Ok((Pattern::new(genes.clone(), config)?, segments.clone()))).collect()
-    }
-
-    fn append(&mut self, results: &[(Pattern, Vec<f64>)], cluster: Option<usize>, phase: Phase, work: Work, seconds: f64) -> Result<()> {
-        if results.is_empty() && work.block_forwards == 0 {
-            return Ok(()); // a round made of known patterns only
-        }
-        let mut lines = Vec::new();
-        let as_io = |e: serde_json::Error| std::io::Error::from(e);
-        let mut append = || -> std::io::Result<()> {
-            for (pattern, segments) in results {
-                let line = LogLine::Evaluation { genes: pattern.layers().to_vec(), segments: segments.clone(), cluster };
-                serde_json::to_writer(&mut lines, &line).map_err(as_io)?;
-                lines.push(b'\n');
-            }
-            serde_json::to_writer(&mut lines, &LogLine::Work { phase, work, seconds }).map_err(as_io)?;
-            lines.push(b'\n');
-            self.file.write_all(&lines)?;
-            self.file.sync_data()
-        };
-        append().map_err(|e| Error::io(&self.path, e))?;
-        self.work[phase as usize].add(work);
-        Ok(())
-    }
 }
 
 /// Seconds as a duration people read.
