@@ -113,6 +113,11 @@ pub enum DTypeChoice {
 }
 
 impl DTypeChoice {
+    /// The choice of this name; the device's own for another.
+    pub fn named(name: &str) -> Self {
+        Self::from_str(name, true).unwrap_or(Self::Auto)
+    }
+
     /// The number type, if one was asked for.
     pub fn dtype(self) -> Option<DType> {
         match self {

@@ -45,6 +45,8 @@ const MOST_ABSORBED: usize = 2;
 pub struct LevelKey {
     /// SHA-256 of the model's tensors.
     pub model_sha256: String,
+    /// What its matrices were held in: f32 or bf16.
+    pub dtype: String,
     /// SHA-256 of the statistics' tokens, training and held-out.
     pub tokens_sha256: String,
     /// How.

@@ -82,6 +82,8 @@ pub struct Run {
     pub revision: Option<String>,
     /// SHA-256 of the model's tensors.
     pub model_sha256: String,
+    /// What its matrices are held in: f32 or bf16. Losses of one run are all of one type.
+    pub dtype: String,
     /// The corpus files; none: the bundled books.
     pub calibration: Vec<PathBuf>,
     /// The text of the before/after perplexity; `None`: bundled books with a bundled corpus, else held-out chunks of the corpus.
@@ -169,6 +171,7 @@ pub struct Inputs<'a> {
 /// # Errors
 /// [`Error::RunDirectory`] when there is a run or a checkpoint already; [`Error::Option`] for options that no run could be made of.
 pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
+    run.options.search.check()?;
     if run.options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
         SearchSpace::new(config, &run.options.space, None)?;
     }
@@ -219,6 +222,11 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
             path: directory.join(RUN),
             message: format!("the run was begun with another model: expected tensors of SHA-256 {}, found {}", run.model_sha256, inputs.model_sha256),
         });
+    }
+    let dtype = inputs.decoder.weight_dtype().as_str();
+    if dtype != run.dtype {
+        let message = format!("the run was begun with weights in {}, now they are in {dtype}: expected --dtype {0}", run.dtype);
+        return Err(Error::RunDirectory { path: directory.join(RUN), message });
     }
     let options = &run.options;
     let config = inputs.checkpoint.config();
@@ -328,6 +336,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
             statistics: supernet.levels().map_or(0, |l| l.peak_statistics_bytes),
             distributions,
             prefix_cache: (cached, limit),
+            outputs: supernet.cached(),
             peak_resident: peak_resident(),
         },
         found,
@@ -389,6 +398,7 @@ fn supernet(
     let (train, held_out) = (calibration.statistics_tokens(), calibration.held_out_tokens());
     let key = LevelKey {
         model_sha256: inputs.model_sha256.to_string(),
+        dtype: inputs.decoder.weight_dtype().as_str().to_string(),
         tokens_sha256: tokens_sha256(train.iter().chain(&held_out)),
         options: options.levels,
         widths,

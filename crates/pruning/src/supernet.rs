@@ -57,6 +57,11 @@ impl Supernet {
         self.levels.as_ref()
     }
 
+    /// Bytes of repaired output layers in memory, and their bound.
+    pub fn cached(&self) -> (usize, usize) {
+        (self.cache.lock().unwrap_or_else(PoisonError::into_inner).bytes, CACHED_BYTES)
+    }
+
     /// What a pattern asks of sub-block `s`.
     pub fn level(&self, pattern: &Pattern, s: usize) -> Level {
         let width = pattern.width(s);

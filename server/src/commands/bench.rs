@@ -122,18 +122,17 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             }
         }
         let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
-        let ideal = |of: fn(&Config) -> f64| other.as_ref().map(|o| of(o.config()) / of(decoder.config()));
+        let ideal = |of: &dyn Fn(&Config) -> usize| other.as_ref().map(|o| of(o.config()) as f64 / of(decoder.config()) as f64);
+        let with_head = |c: &Config| c.block_parameters() + c.vocab_size * c.hidden_size;
+        // (a prompt needs the head for its last token only)
+        let multiplied = |c: &Config| if matches!(args.what, Bench::Decode(_)) { with_head(c) } else { c.block_parameters() };
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
             against,
             speed_up: against.map(|a| own[0] / a[0]),
-            ideal_by_bytes: ideal(|c| (c.block_parameters() + c.vocab_size * c.hidden_size) as f64),
-            ideal_by_flops: ideal(match &args.what {
-                Bench::Decode(_) => |c| (c.block_parameters() + c.vocab_size * c.hidden_size) as f64,
-                // (a prompt needs the head for its last token only)
-                Bench::Prefill(_) => |c| c.block_parameters() as f64,
-            }),
+            ideal_by_bytes: ideal(&with_head),
+            ideal_by_flops: ideal(&multiplied),
         });
     }
     if common.json {

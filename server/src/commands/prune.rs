@@ -3,6 +3,7 @@
 use super::model_args::{ModelArgs, bundled_calibration, bundled_held_out, read_documents, read_text};
 use super::progress::Display;
 use super::prune_args::PruneArgs;
+use crate::config::DTypeChoice;
 use anyhow::{Context, Result, bail};
 use evop_model::{Config, Pattern};
 use evop_pruning::budget::{Budget, Resource};
@@ -53,6 +54,9 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
     let mut eval_text = args.eval_text.clone();
     if let Some(begun) = &begun {
         (model.model, model.revision) = (begun.model.clone(), begun.revision.clone());
+        if model.dtype == DTypeChoice::Auto {
+            model.dtype = DTypeChoice::named(&begun.dtype);
+        }
         calibration.clone_from(&begun.calibration);
         eval_text.clone_from(&begun.eval_text);
     }
@@ -89,6 +93,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
             model: named,
             revision: model.revision,
             model_sha256: model_sha256.clone(),
+            dtype: decoder.weight_dtype().as_str().to_string(),
             calibration: calibration.iter().map(absolute).collect(),
             eval_text: eval_text.as_ref().map(absolute),
             options,

@@ -75,7 +75,16 @@ pub fn memory_text(outcome: &Outcome) -> String {
     let m = &outcome.memory;
     let (states, bound) = m.prefix_cache;
     let peak = m.peak_resident.map_or(String::new(), |bytes| format!("; {} resident at most, model and all", mb(bytes)));
-    format!("statistics {}, dense distributions {}, boundary states {} of at most {}{peak}", mb(m.statistics), mb(m.distributions), mb(states), mb(bound))
+    let (outputs, outputs_bound) = m.outputs;
+    format!(
+        "statistics {}, dense distributions {}, boundary states {} of at most {}, repaired layers {} of at most {}{peak}",
+        mb(m.statistics),
+        mb(m.distributions),
+        mb(states),
+        mb(bound),
+        mb(outputs),
+        mb(outputs_bound)
+    )
 }
 
 /// The choice on held-out sequences, in words.

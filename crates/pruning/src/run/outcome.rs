@@ -100,6 +100,8 @@ pub struct Memory {
     pub distributions: usize,
     /// Boundary states at the end, and their bound.
     pub prefix_cache: (usize, usize),
+    /// Repaired output layers that are kept in memory, and their bound.
+    pub outputs: (usize, usize),
     /// The most that this process ever held, where the system tells (Linux).
     pub peak_resident: Option<usize>,
 }

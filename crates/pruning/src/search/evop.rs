@@ -1,10 +1,10 @@
 //! EPPS, the evolutionary pruning pattern search of EvoP, as its authors' code runs it.
 
 use super::{Best, Found, Progress, SearchSpace, round_rng};
+use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::objective::Fitness;
 use crate::space::Genome;
-use crate::{Error, Result};
 use evop_model::Pattern;
 use rand::Rng;
 use rand::seq::IteratorRandom;
@@ -40,12 +40,6 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
-    for (option, value, least) in [("--population", options.population, 2), ("--generations", options.generations, 1), ("--tournament", options.tournament, 1)]
-    {
-        if value < least {
-            return Err(Error::option(option, format!("expected at least {least}, found {value}")));
-        }
-    }
     let mut best = Best::new();
     let mut population: Vec<Genome> = {
         let mut rng = round_rng(seed, 0);

@@ -8,10 +8,10 @@ use super::racing::{self, race};
 use super::seeds::{Sensitivities, grow, seeds, shrink};
 use super::surrogate::{Surrogate, rank_correlation};
 use super::{Best, ELITE, Found, Progress, cross, preparing, round_rng, step};
+use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::objective::Fitness;
 use crate::space::{Genome, SearchSpace};
-use crate::{Error, Result};
 use evop_model::Pattern;
 use rand::Rng;
 use rand::seq::{IndexedRandom, IteratorRandom};
@@ -56,11 +56,6 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
-    for (option, value) in [("--generations", options.generations), ("--offspring", options.offspring), ("--elite", options.elite)] {
-        if value == 0 {
-            return Err(Error::option(option, "expected at least 1, found 0".to_string()));
-        }
-    }
     let mut state = State { space, options, sensitivities: None, archive: Vec::new(), elite: Vec::new(), seen: BTreeSet::new(), correlations: Vec::new() };
     let mut best = Best::new();
     let mut rng = round_rng(seed, 0);

@@ -121,6 +121,34 @@ pub struct SearchOptions {
     pub seed: u64,
 }
 
+impl SearchOptions {
+    /// Whether the strategy can run with these numbers: asked before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Option`] that names the option.
+    pub fn check(&self) -> Result<()> {
+        let least: &[(&str, usize, usize)] = match self.strategy {
+            Strategy::Joint => &[("--generations", self.joint.generations, 1), ("--offspring", self.joint.offspring, 1), ("--elite", self.joint.elite, 1)],
+            Strategy::Evop => {
+                &[("--population", self.evop.population, 2), ("--generations", self.evop.generations, 1), ("--tournament", self.evop.tournament, 1)]
+            }
+            Strategy::Pareto => &[("--population", self.pareto.population, 2), ("--generations", self.pareto.generations, 1)],
+            Strategy::PolicyGradient => &[("--evaluations", self.evaluations, policy_gradient::MASKS)],
+            Strategy::Random | Strategy::RandomJoint | Strategy::SurrogateShapley => &[("--evaluations", self.evaluations, 1)],
+            _ => &[],
+        };
+        if let Some((option, value, least)) = least.iter().find(|(_, value, least)| value < least) {
+            return Err(Error::option(option, format!("expected at least {least}, found {value}")));
+        }
+        let begins = self.pareto.least;
+        if self.strategy == Strategy::Pareto && !(0.0..1.0).contains(&begins) {
+            let message = format!("expected the fraction at which the front begins, at least 0 and below 1; found {begins}");
+            return Err(Error::option("--pareto-least", message));
+        }
+        Ok(())
+    }
+}
+
 /// Where a search stands, for progress displays.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Progress {

@@ -6,9 +6,9 @@
 
 use super::seeds::{Sensitivities, seeds};
 use super::{Best, ELITE, Found, Progress, cross, preparing, round_rng, step};
+use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::space::{Genome, SearchSpace};
-use crate::{Error, Result};
 use evop_model::Pattern;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -62,15 +62,6 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
-    if options.population < 2 {
-        return Err(Error::option("--population", format!("expected at least 2, found {}", options.population)));
-    }
-    if !(0.0..1.0).contains(&options.least) {
-        return Err(Error::option(
-            "--pareto-least",
-            format!("expected the fraction at which the front begins, at least 0 and below 1; found {}", options.least),
-        ));
-    }
     let widest = space.with_first_budget(1.0);
     let sensitivities = Sensitivities::measure(evaluator, &widest, &mut |e| on_round(preparing(e, options.generations + 1)))?;
     let target = |i: usize| options.least + (1.0 - options.least) * i as f64 / TARGETS as f64;

@@ -15,7 +15,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 /// Masks of a step.
-const MASKS: usize = 2;
+pub(super) const MASKS: usize = 2;
 /// Steps that the moving average of losses looks back.
 const WINDOW: f64 = 5.0;
 /// Learning rate times steps as published (0.002 in 15,000 steps), and the most of one step.
@@ -31,9 +31,6 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
-    if evaluations < MASKS {
-        return Err(Error::option("--evaluations", format!("expected at least {MASKS}, found {evaluations}")));
-    }
     let mut policy = Policy::new(space)?;
     let steps = evaluations / MASKS;
     let rounds = steps.div_ceil(LOOK);

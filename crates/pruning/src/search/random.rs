@@ -3,9 +3,9 @@
 
 use super::racing::race;
 use super::{Best, ELITE, Found, Progress, Strategy, round_rng};
+use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::space::SearchSpace;
-use crate::{Error, Result};
 use evop_model::Pattern;
 
 /// Patterns between two records of progress.
@@ -19,9 +19,6 @@ pub(super) fn search(
     seed: u64,
     on_round: &mut dyn FnMut(Progress) -> Result<()>,
 ) -> Result<Found> {
-    if evaluations == 0 {
-        return Err(Error::option("--evaluations", "expected at least 1, found 0".to_string()));
-    }
     // as many as `joint` offers to the choice on held-out text
     let mut best = Best::of(ELITE);
     let rounds = evaluations.div_ceil(CHUNK);

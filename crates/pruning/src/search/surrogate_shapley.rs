@@ -30,9 +30,6 @@ pub(super) fn search(
             format!("{} plays with two or more whole units: expected layer or block, without --uniform", Strategy::SurrogateShapley),
         ));
     }
-    if evaluations == 0 {
-        return Err(Error::option("--evaluations", "expected at least 1, found 0"));
-    }
     let masks = masks(space.units(), evaluations, &mut round_rng(seed, 0));
     let dense = evaluator.evaluate(std::slice::from_ref(space.dense()))?[0].loss;
     let mut examples = vec![(vec![true; space.units()], 1.0)];

@@ -37,6 +37,23 @@ fn budgets_that_no_pattern_meets_are_refused() {
 }
 
 #[test]
+fn numbers_that_no_search_can_run_with_are_refused_before_anything_is_computed() {
+    let refused_with = |strategy: Strategy, change: &dyn Fn(&mut evop_pruning::search::SearchOptions), texts: &[&str]| {
+        let mut options = options(strategy, strategy.recipe().space);
+        change(&mut options.search);
+        let directory = tempfile::tempdir().unwrap();
+        refused(prune(directory.path(), &options, &mut |_| Ok(())), texts);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
+    };
+    refused_with(Strategy::Joint, &|s| s.joint.offspring = 0, &["--offspring", "at least 1"]);
+    refused_with(Strategy::Evop, &|s| s.evop.population = 1, &["--population", "at least 2"]);
+    refused_with(Strategy::Pareto, &|s| s.pareto.least = 1.5, &["--pareto-least", "found 1.5"]);
+    refused_with(Strategy::Pareto, &|s| s.pareto.least = f64::NAN, &["--pareto-least"]);
+    refused_with(Strategy::RandomJoint, &|s| s.evaluations = 0, &["--evaluations", "found 0"]);
+    refused_with(Strategy::PolicyGradient, &|s| s.evaluations = 1, &["--evaluations", "expected at least"]);
+}
+
+#[test]
 fn a_corpus_that_is_empty_or_too_short_is_refused() {
     let (checkpoint, decoder) = tiny();
     let embedder = HiddenStates { decoder: &decoder, tokenizer: checkpoint.tokenizer(), max_tokens: 64 };
@@ -101,11 +118,12 @@ fn activations_that_are_not_numbers_are_named_by_layer_and_nothing_is_written() 
     assert!(!run::is_finished(directory.path()) && !directory.path().join("model.safetensors").exists());
 }
 
-fn run_of(sha: &str) -> Run {
+pub fn run_of(sha: &str) -> Run {
     Run {
         model: None,
         revision: None,
         model_sha256: sha.to_string(),
+        dtype: "f32".into(),
         calibration: vec![],
         eval_text: None,
         options: options(Strategy::Joint, Space::Joint),

@@ -1,14 +1,15 @@
 //! Whole runs: every strategy, interruption anywhere, and what is written.
 
-use crate::setting::{options, prune, space, tiny};
+use crate::setting::{book, corpus, options, prune, space, tiny};
 use evop_model::{Checkpoint, DType, Device, Gene, NoCache, Pattern, Span};
 use evop_pruning::Error;
 use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::Calibration;
+use evop_pruning::checkpoint;
 use evop_pruning::compensate::SkipCompensation;
 use evop_pruning::evaluate::{Evaluator, Work};
 use evop_pruning::per_cluster::ClusterPattern;
-use evop_pruning::run::{self, Outcome, PruneOptions, Step};
+use evop_pruning::run::{self, Inputs, Outcome, PruneOptions, Run, Step};
 use evop_pruning::search::Strategy;
 use evop_pruning::space::Space;
 use evop_pruning::supernet::Supernet;
@@ -279,4 +280,27 @@ fn every_cluster_gets_a_pattern_that_suits_it_and_a_stopped_run_finds_the_same()
     options.space.space = Space::Layer;
     let error = prune(tempfile::tempdir().unwrap().path(), &options, &mut |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("--per-cluster") && error.contains("prune-comp"), "{error}");
+}
+
+#[test]
+fn a_run_in_bf16_writes_what_it_measured_and_is_not_gone_on_with_in_f32() {
+    let (checkpoint, wide) = tiny();
+    let decoder = checkpoint.decoder(&Device::Cpu, DType::BF16).unwrap();
+    assert_eq!((decoder.dtype(), decoder.weight_dtype()), (DType::F32, DType::BF16));
+    let far = logits(&decoder).concat().iter().zip(logits(&wide).concat()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+    assert!(far > 0.0 && far < 0.2, "activations are rounded, weights aren't changed: {far}");
+    let sha = checkpoint::fingerprint(checkpoint.source().as_ref()).unwrap();
+    let run = Run { dtype: "bf16".into(), options: options(Strategy::Joint, Space::Joint), ..crate::bad_input::run_of(&sha) };
+    let directory = tempfile::tempdir().unwrap();
+    run::begin(directory.path(), &run, checkpoint.config()).unwrap();
+    let corpora = corpus(&book("calibration.txt.gz", 200_000));
+    let held_out = book("held-out.txt.gz", 20_000);
+    let with = |decoder| Inputs { checkpoint: &checkpoint, model_sha256: &sha, decoder, corpora: &corpora, held_out: Some(&held_out) };
+    let refused = run::prune(directory.path(), &with(&wide), &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(refused.contains("weights in bf16") && refused.contains("--dtype bf16"), "{refused}");
+    let outcome = run::prune(directory.path(), &with(&decoder), &mut |_| Ok(())).unwrap();
+    let pruned = Checkpoint::open(directory.path()).unwrap();
+    let tokens = pruned.encode(&held_out, false).unwrap();
+    let again = evop_pruning::eval::perplexity(&pruned.decoder(&Device::Cpu, DType::BF16).unwrap(), &tokens, 128, |_, _| {}).unwrap();
+    assert_eq!(again.perplexity, outcome.pruned.perplexity);
 }

@@ -110,6 +110,7 @@ pub fn prune(directory: &Path, options: &PruneOptions, on_step: &mut dyn FnMut(S
             model: None,
             revision: None,
             model_sha256: sha.clone(),
+            dtype: "f32".into(),
             calibration: vec![],
             eval_text: None,
             options: options.clone(),
