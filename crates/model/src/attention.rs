@@ -1,7 +1,7 @@
 //! Causal attention of one sequence's new tokens over all its keys and values, on any device.
 
 use crate::Result;
-use crate::batch::Span;
+use crate::batch::Batch;
 use crate::kernels;
 use candle_core::{D, DType, Device, Tensor};
 
@@ -38,9 +38,14 @@ pub(crate) fn attend(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, p
 }
 
 /// All sequences of a pass that have no cached past: k and v are the pass's own.
-pub(crate) fn attend_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Result<Tensor> {
+pub(crate) fn attend_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
+    let spans = batch.spans();
     if q.device().is_cpu() && q.dtype() == DType::F32 {
         return kernels::attention::attend_packed(spec, q, k, v, spans);
+    }
+    #[cfg(feature = "flash-attn")]
+    if q.device().is_cuda() && matches!(q.dtype(), DType::BF16 | DType::F16) {
+        return flash_packed(spec, q, k, v, batch);
     }
     let mut outputs = Vec::with_capacity(spans.len());
     let mut start = 0;
@@ -60,6 +65,19 @@ fn flash(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Ten
     let out = match spec.window {
         Some(window) => candle_flash_attn::flash_attn_windowed(&q4, &k4, &v4, spec.scale, Some(window - 1), Some(0))?,
         None => candle_flash_attn::flash_attn(&q4, &k4, &v4, spec.scale, true)?,
+    };
+    Ok(out.reshape((q.dim(0)?, spec.heads() * spec.head_dim))?)
+}
+
+/// All spans in one launch.
+#[cfg(feature = "flash-attn")]
+fn flash_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
+    let (offsets, longest) = (&batch.offsets, batch.spans().iter().map(|s| s.len).max().unwrap_or(0));
+    let out = match spec.window {
+        Some(window) => {
+            candle_flash_attn::flash_attn_varlen_windowed(q, k, v, offsets, offsets, longest, longest, spec.scale, Some(window - 1), Some(0))?
+        }
+        None => candle_flash_attn::flash_attn_varlen(q, k, v, offsets, offsets, longest, longest, spec.scale, true)?,
     };
     Ok(out.reshape((q.dim(0)?, spec.heads() * spec.head_dim))?)
 }

@@ -30,6 +30,9 @@ pub struct Batch {
     pub(crate) rope: Option<(Tensor, Tensor)>,
     /// [tokens] u32 rows of the learned table.
     pub(crate) position_ids: Option<Tensor>,
+    /// [spans + 1] u32 first rows of the spans and the number of rows, for kernels that take all spans at once.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) offsets: Tensor,
 }
 
 impl Batch {
@@ -43,7 +46,22 @@ impl Batch {
                 position_ids = Some(Tensor::from_vec(ids, tokens, device)?);
             }
         }
-        Ok(Self { spans: spans.to_vec(), tokens, rope, position_ids })
+        #[cfg(feature = "flash-attn")]
+        let offsets = {
+            let ends = spans.iter().scan(0, |end, span| {
+                *end += span.len as u32;
+                Some(*end)
+            });
+            Tensor::from_vec(std::iter::once(0).chain(ends).collect(), spans.len() + 1, device)?
+        };
+        Ok(Self {
+            spans: spans.to_vec(),
+            tokens,
+            rope,
+            position_ids,
+            #[cfg(feature = "flash-attn")]
+            offsets,
+        })
     }
 
     /// The sequences.

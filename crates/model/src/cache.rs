@@ -22,7 +22,7 @@ pub struct NoCache;
 
 impl KvCache for NoCache {
     fn attend(&mut self, _layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
-        attention::attend_packed(spec, q, k, v, batch.spans())
+        attention::attend_packed(spec, q, k, v, batch)
     }
 }
 

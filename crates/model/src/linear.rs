@@ -65,9 +65,11 @@ impl Linear {
         Ok(Self { weight: self.weight.narrow(0, 0, out)?, bias })
     }
 
-    /// The first `input` columns, as a view.
+    /// The first `input` columns, as a view; a copy where the device's products take whole matrices only.
     pub(crate) fn narrow_in(&self, input: usize) -> Result<Self> {
-        Ok(Self { weight: self.weight.narrow(1, 0, input)?, bias: self.bias.clone() })
+        let view = self.weight.narrow(1, 0, input)?;
+        let weight = if view.device().is_cpu() { view } else { view.contiguous()? };
+        Ok(Self { weight, bias: self.bias.clone() })
     }
 
     /// Rows in another order (or some of them), as a copy.
@@ -95,7 +97,7 @@ impl Linear {
 
     /// x [rows, in] -> [rows, out]. On the CPU a row's result doesn't depend on the other rows (`kernels::matmul`).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = if x.device().is_cpu() && x.dtype() == DType::F32 { kernels::matmul::linear(x, &self.weight)? } else { x.matmul(&self.weight.t()?)? };
+        let y = if x.device().is_cpu() && x.dtype() == DType::F32 { kernels::matmul::linear(x, &self.weight)? } else { x.contiguous()?.matmul(&self.weight.t()?)? };
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,

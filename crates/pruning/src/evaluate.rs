@@ -159,7 +159,7 @@ impl<'a> Evaluator<'a> {
             for pack in &mut packs {
                 pack.reference = Some(decoder.device().with_context(|| -> Result<Reference> {
                     let hidden = decoder.forward(&pack.tokens, &pack.batch, &mut NoCache)?;
-                    Reference::new(decoder, &hidden, &pack.tokens, pack.batch.spans())
+                    Reference::new(decoder, &hidden, pack.batch.spans())
                 })?);
             }
         }

@@ -40,6 +40,16 @@ impl Gram {
     /// # Errors
     /// [`Error::Activations`] when a value is not finite.
     pub fn add(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
+        if x.device().is_cpu() { self.add_on_host(x, spans)? } else { self.add_on_device(x, spans)? }
+        if let Some(column) = self.sums.iter().position(|s| !s.is_finite()) {
+            return Err(Error::Activations(format!("channel {column} is not finite")));
+        }
+        self.rows += spans.iter().map(|s| s.len).sum::<usize>();
+        self.sequences += spans.len();
+        Ok(())
+    }
+
+    fn add_on_host(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
         let size = self.size();
         let values = x.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         let wide = Matrix::from_fn(values.len(), size, |i, j| f64::from(values[i][j]));
@@ -65,11 +75,18 @@ impl Gram {
             self.sequence_norms.iter_mut().zip(squares).for_each(|(norm, square)| *norm += square.sqrt());
             row += span.len;
         }
-        if let Some(column) = self.sums.iter().position(|s| !s.is_finite()) {
-            return Err(Error::Activations(format!("channel {column} is not finite")));
+        Ok(())
+    }
+
+    fn add_on_device(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
+        let x = x.to_dtype(DType::F64)?.contiguous()?;
+        add(&mut self.products, &x.t()?.matmul(&x)?)?;
+        add(&mut self.sums, &x.sum(0)?)?;
+        let mut row = 0;
+        for span in spans {
+            add(&mut self.sequence_norms, &x.narrow(0, row, span.len)?.sqr()?.sum(0)?.sqrt()?)?;
+            row += span.len;
         }
-        self.rows += row;
-        self.sequences += spans.len();
         Ok(())
     }
 
@@ -128,6 +145,14 @@ impl Cross {
 
     /// Adds rows.
     pub fn add(&mut self, x: &Tensor, y: &Tensor) -> Result<()> {
+        if x.device().is_cpu() { self.add_on_host(x, y)? } else { self.add_on_device(x, y)? }
+        if !self.energy.is_finite() {
+            return Err(Error::Activations("an element is not finite".to_string()));
+        }
+        Ok(())
+    }
+
+    fn add_on_host(&mut self, x: &Tensor, y: &Tensor) -> Result<()> {
         let outputs = self.sums.len();
         let (x, y) = (linalg::from_tensor(x)?, linalg::from_tensor(y)?);
         self.products.par_chunks_mut(PANEL * outputs).enumerate().for_each(|(panel, rows)| {
@@ -140,9 +165,14 @@ impl Cross {
             *sum += y.col(o).iter().sum::<f64>();
             self.energy += y.col(o).iter().map(|v| v * v).sum::<f64>();
         }
-        if !self.energy.is_finite() {
-            return Err(Error::Activations("an element is not finite".to_string()));
-        }
+        Ok(())
+    }
+
+    fn add_on_device(&mut self, x: &Tensor, y: &Tensor) -> Result<()> {
+        let (x, y) = (x.to_dtype(DType::F64)?.contiguous()?, y.to_dtype(DType::F64)?.contiguous()?);
+        add(&mut self.products, &x.t()?.matmul(&y)?)?;
+        add(&mut self.sums, &y.sum(0)?)?;
+        self.energy += y.sqr()?.sum_all()?.to_scalar::<f64>()?;
         Ok(())
     }
 
@@ -150,6 +180,13 @@ impl Cross {
     pub fn bytes(size: usize, outputs: usize) -> usize {
         (size * outputs + outputs) * size_of::<f64>()
     }
+}
+
+/// sums += f64 numbers on a device, row by row.
+fn add(sums: &mut [f64], terms: &Tensor) -> Result<()> {
+    let terms = terms.flatten_all()?.to_vec1::<f64>()?;
+    sums.par_iter_mut().zip(&terms).for_each(|(sum, term)| *sum += term);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -172,5 +209,21 @@ mod tests {
         let norm = |range: std::ops::Range<usize>| rows[range].iter().map(|r| f64::from(r[7]).powi(2)).sum::<f64>().sqrt();
         assert!((gram.sequence_norms[7] - norm(0..2) - norm(2..6) - norm(6..10)).abs() < 1e-6);
         assert_eq!((gram.rows, gram.sequences), (10, 3));
+    }
+
+    #[test]
+    fn sums_by_tensor_operations_are_the_same() {
+        let (x, y) = (normal(2, 0.3, 1.0, (12, 40)), normal(3, -0.1, 2.0, (12, 7)));
+        let spans = [Span::prompt(5), Span::prompt(7)];
+        let (mut host, mut device) = (Gram::new(40), Gram::new(40));
+        host.add_on_host(&x, &spans).unwrap();
+        device.add_on_device(&x, &spans).unwrap();
+        host.finish();
+        let near = |a: &[f64], b: &[f64]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-9);
+        assert!(near(&host.products, &device.products) && near(&host.sums, &device.sums) && near(&host.sequence_norms, &device.sequence_norms));
+        let (mut host, mut device) = (Cross::new(40, 7), Cross::new(40, 7));
+        host.add_on_host(&x, &y).unwrap();
+        device.add_on_device(&x, &y).unwrap();
+        assert!(near(&host.products, &device.products) && near(&host.sums, &device.sums) && near(&[host.energy], &[device.energy]));
     }
 }

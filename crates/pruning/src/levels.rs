@@ -390,6 +390,10 @@ impl Statistics {
             after = decoder.device().with_context(|| decoder.forward_range(after, *s..s + 1, passage.batch, &mut NoCache))?;
             cross.add(passage.inputs, &(&after - passage.after)?).map_err(|e| named(e, *s, "outputs"))?;
         }
+        if passage.before.device().is_cpu() { self.add_streams_on_host(passage) } else { self.add_streams_on_device(passage) }
+    }
+
+    fn add_streams_on_host(&mut self, passage: &Passage<'_>) -> Result<()> {
         let rows = |t: &Tensor| -> Result<Vec<Vec<f32>>> { Ok(t.to_dtype(DType::F32)?.to_vec2::<f32>()?) };
         for (before, after) in rows(passage.before)?.iter().zip(&rows(passage.after)?) {
             for (channel, (b, a)) in before.iter().zip(after).enumerate() {
@@ -400,6 +404,19 @@ impl Statistics {
                     *sum += term;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn add_streams_on_device(&mut self, passage: &Passage<'_>) -> Result<()> {
+        let (before, after) = (passage.before.to_dtype(DType::F64)?, passage.after.to_dtype(DType::F64)?);
+        for (sums, stream) in self.magnitudes.iter_mut().zip([&before, &after]) {
+            let terms = stream.abs()?.sum(0)?.to_vec1::<f64>()?;
+            sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += term);
+        }
+        let update = (&after - &before)?;
+        for (sum, (a, b)) in self.moments.iter_mut().zip([(&before, &before), (&before, &update), (&update, &update)]) {
+            *sum += (a * b)?.sum_all()?.to_scalar::<f64>()?;
         }
         Ok(())
     }

@@ -2,11 +2,13 @@
 //! rows at a time so that logits never take much memory.
 
 use crate::Result;
-use evop_model::{DType, Decoder, Device, Span, Tensor, kernels};
+use evop_model::{Decoder, Device, Span, Tensor, kernels};
 use rayon::prelude::*;
 
 /// Logits held at once, in elements (32 MB of f32).
 const LOGITS_ELEMENTS: usize = 8 << 20;
+/// The same where they don't pass through the processor's caches (512 MB).
+const LOGITS_ELEMENTS_ON_DEVICE: usize = 128 << 20;
 /// Most likely tokens of the dense model that are kept of each position; the others count as one.
 const TOP: usize = 64;
 
@@ -23,37 +25,39 @@ pub(crate) struct Reference {
     rest: Vec<f32>,
 }
 
-/// Positions that predict a token of their own sequence, packed: (row of `hidden`, the token that follows).
-fn predictions<'a>(tokens: &'a [u32], spans: &'a [Span]) -> impl Iterator<Item = (usize, usize)> + 'a {
+/// Calls `f(rows, logits)` with the logits [rows, vocab] of the rows of `hidden` that predict a token of their own span, some rows at a time.
+fn each_logits(decoder: &Decoder, hidden: &Tensor, spans: &[Span], mut f: impl FnMut(&[u32], &Tensor) -> Result<()>) -> Result<()> {
+    let elements = if decoder.device().is_cpu() { LOGITS_ELEMENTS } else { LOGITS_ELEMENTS_ON_DEVICE };
+    let mut predicting: Vec<u32> = Vec::new();
     let mut start = 0;
-    spans.iter().map(move |span| {
-        let first = start;
-        start += span.len;
-        debug_assert!(start <= tokens.len());
-        (first, span.len.saturating_sub(1))
-    })
+    for span in spans {
+        predicting.extend(start..start + span.len.saturating_sub(1) as u32);
+        start += span.len as u32;
+    }
+    for rows in predicting.chunks((elements / decoder.config().vocab_size).max(1)) {
+        let index = Tensor::from_slice(rows, rows.len(), decoder.device())?;
+        f(rows, &decoder.logits(&hidden.index_select(&index, 0)?)?)?;
+    }
+    Ok(())
 }
 
-/// Calls `f(position, target, logits)` for every predicting position of every span and gathers the results, a vector a span.
-fn map_logits<T: Send>(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span], f: impl Fn(usize, u32, &[f32]) -> T + Sync) -> Result<Vec<Vec<T>>> {
-    let vocab = decoder.config().vocab_size;
-    let rows_at_once = (LOGITS_ELEMENTS / vocab).max(1);
-    let mut results = Vec::with_capacity(spans.len());
-    let mut position = 0;
-    for (start, predicting) in predictions(tokens, spans) {
-        let mut of_span = Vec::with_capacity(predicting);
-        for first in (0..predicting).step_by(rows_at_once) {
-            let count = rows_at_once.min(predicting - first);
-            let logits = decoder.logits(&hidden.narrow(0, start + first, count)?)?.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-            let targets = &tokens[start + first + 1..start + first + 1 + count];
-            kernels::with_slice(&logits, |logits| {
-                of_span.par_extend(logits.par_chunks(vocab).zip(targets).enumerate().map(|(i, (row, target))| f(position + i, *target, row)));
-            })?;
-            position += count;
-        }
-        results.push(of_span);
+/// Natural logarithms of the probabilities of some tokens at every row: logits [rows, vocab] and `ids`, as many of each row, to as many numbers.
+/// Computed where the logits are: only what was asked for leaves the device.
+pub(crate) fn log_probabilities(logits: &Tensor, ids: &[u32]) -> Result<Vec<f32>> {
+    let (rows, vocab) = logits.dims2()?;
+    let of_row = ids.len() / rows;
+    if logits.device().is_cpu() {
+        return Ok(kernels::with_slice(logits, |logits| {
+            let of_row = |(row, ids): (&[f32], &[u32])| -> Vec<f32> {
+                let normaliser = kernels::log_sum_exp(row);
+                ids.iter().map(|id| row[*id as usize] - normaliser).collect()
+            };
+            logits.par_chunks(vocab).zip(ids.par_chunks(ids.len() / rows)).flat_map_iter(of_row).collect()
+        })?);
     }
-    Ok(results)
+    let ids = Tensor::from_slice(ids, (rows, of_row), logits.device())?;
+    let normaliser = logits.log_sum_exp(1)?.unsqueeze(1)?;
+    Ok(logits.gather(&ids, 1)?.broadcast_sub(&normaliser)?.flatten_all()?.to_vec1()?)
 }
 
 /// Losses in nats of each span's positions: `span.len - 1` numbers a span. Negative log-likelihood of the next token, or with a reference
@@ -61,53 +65,66 @@ fn map_logits<T: Send>(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans
 ///
 /// `hidden` [tokens, hidden] is the residual stream after the last layer; `tokens` are the packed inputs.
 pub(crate) fn token_losses(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span], reference: Option<&Reference>) -> Result<Vec<Vec<f32>>> {
-    match reference {
-        None => map_logits(decoder, hidden, tokens, spans, |_, target, row| kernels::log_sum_exp(row) - row[target as usize]),
-        Some(dense) => map_logits(decoder, hidden, tokens, spans, |position, _, row| dense.divergence(position, row)),
-    }
+    let mut losses = Vec::with_capacity(tokens.len());
+    each_logits(decoder, hidden, spans, |rows, logits| {
+        match reference {
+            None => {
+                let next: Vec<u32> = rows.iter().map(|row| tokens[*row as usize + 1]).collect();
+                losses.extend(log_probabilities(logits, &next)?.iter().map(|l| -l));
+            }
+            Some(dense) => {
+                let first = losses.len();
+                let found = log_probabilities(logits, &dense.ids[first * dense.top..(first + rows.len()) * dense.top])?;
+                losses.extend(found.chunks(dense.top).enumerate().map(|(i, q)| dense.divergence(first + i, q)));
+            }
+        }
+        Ok(())
+    })?;
+    let mut losses = losses.into_iter();
+    Ok(spans.iter().map(|span| losses.by_ref().take(span.len.saturating_sub(1)).collect()).collect())
 }
 
 impl Reference {
-    /// The distributions after the dense model's last layer.
-    pub fn new(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Self> {
+    /// The distributions after the dense model's last layer; `hidden` and `spans` as in [`token_losses`].
+    pub fn new(decoder: &Decoder, hidden: &Tensor, spans: &[Span]) -> Result<Self> {
         let top = TOP.min(decoder.config().vocab_size);
-        let rows = map_logits(decoder, hidden, tokens, spans, |_, _, row| {
-            let mut ids: Vec<u32> = (0..row.len() as u32).collect();
-            let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-            if top < ids.len() {
-                ids.select_nth_unstable_by(top - 1, by_logit);
-                ids.truncate(top);
-            }
-            ids.sort_unstable_by(by_logit);
-            let normaliser = kernels::log_sum_exp(row);
-            let log_probabilities: Vec<f32> = ids.iter().map(|id| row[*id as usize] - normaliser).collect();
-            let rest = rest(log_probabilities.iter().copied());
-            (ids, log_probabilities, rest)
-        })?;
         let mut reference = Self { top, ..Self::default() };
-        for (ids, log_probabilities, rest) in rows.into_iter().flatten() {
+        each_logits(decoder, hidden, spans, |_, logits| {
+            let logits = logits.to_device(&Device::Cpu)?;
+            let ids: Vec<u32> = kernels::with_slice(&logits, |l| l.par_chunks(decoder.config().vocab_size).flat_map_iter(|row| most_likely(row, top)).collect())?;
+            let log_probabilities = log_probabilities(&logits, &ids)?;
+            reference.rest.extend(log_probabilities.chunks(top).map(|kept| rest(kept.iter().copied())));
             reference.ids.extend(ids);
             reference.log_probabilities.extend(log_probabilities);
-            reference.rest.push(rest);
-        }
+            Ok(())
+        })?;
         Ok(reference)
     }
 
-    /// KL(dense || q) in nats at a position, q given by its logits.
-    fn divergence(&self, position: usize, logits: &[f32]) -> f32 {
+    /// KL(dense || q) in nats at a position; q are the other model's log-probabilities of the tokens that are kept of it.
+    fn divergence(&self, position: usize, q: &[f32]) -> f32 {
         let range = position * self.top..(position + 1) * self.top;
-        let normaliser = kernels::log_sum_exp(logits);
-        let q = |id: &u32| logits[*id as usize] - normaliser;
         let term = |p: f32, q: f32| f64::from(p).exp() * f64::from(p - q);
-        let kept: f64 = self.ids[range.clone()].iter().zip(&self.log_probabilities[range.clone()]).map(|(id, p)| term(*p, q(id))).sum();
-        let others = rest(self.ids[range].iter().map(q));
-        (kept + term(self.rest[position], others)) as f32
+        let kept: f64 = self.log_probabilities[range].iter().zip(q).map(|(p, q)| term(*p, *q)).sum();
+        (kept + term(self.rest[position], rest(q.iter().copied()))) as f32
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.ids.len() * 8 + self.rest.len() * 4
     }
+}
+
+/// The ids of the `top` largest logits, the largest first.
+fn most_likely(row: &[f32], top: usize) -> Vec<u32> {
+    let mut ids: Vec<u32> = (0..row.len() as u32).collect();
+    let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+    if top < ids.len() {
+        ids.select_nth_unstable_by(top - 1, by_logit);
+        ids.truncate(top);
+    }
+    ids.sort_unstable_by(by_logit);
+    ids
 }
 
 /// ln(1 - sum of the probabilities), at least ln(1e-7): rounding must not make nothing out of little.
@@ -134,11 +151,11 @@ mod tests {
         let mut ids: Vec<u32> = (0..vocab as u32).collect();
         ids.sort_by(|a, b| p[*b as usize].total_cmp(&p[*a as usize]));
         ids.truncate(64);
-        let log_probabilities: Vec<f32> = ids.iter().map(|i| p[*i as usize]).collect();
-        let dense = Reference { top: 64, rest: vec![rest(log_probabilities.iter().copied())], ids, log_probabilities };
-        assert!(dense.divergence(0, &logits(1)).abs() < 1e-5);
+        let of = |log_probabilities: &[f32]| ids.iter().map(|i| log_probabilities[*i as usize]).collect::<Vec<f32>>();
+        let dense = Reference { top: 64, rest: vec![rest(of(&p).into_iter())], ids: ids.clone(), log_probabilities: of(&p) };
+        assert!(dense.divergence(0, &of(&p)).abs() < 1e-5);
         let full: f64 = p.iter().zip(&q).map(|(p, q)| f64::from(*p).exp() * f64::from(p - q)).sum();
-        let topped = f64::from(dense.divergence(0, &logits(2)));
+        let topped = f64::from(dense.divergence(0, &of(&q)));
         assert!(topped > 0.01 && topped <= full + 1e-6, "{topped} of {full}");
     }
 }

@@ -3,6 +3,7 @@
 use super::encode::Encoded;
 use super::shared_prefix::Pack;
 use crate::Result;
+use crate::loss::log_probabilities;
 use evop_model::{Decoder, Tensor, kernels};
 use rayon::prelude::*;
 
@@ -65,12 +66,16 @@ fn score(decoder: &Decoder, pack: &Pack, group: &[Vec<Encoded>]) -> Result<Vec<L
     let mut results = vec![Loglikelihood { logprob: 0.0, greedy: true }; pack.sequences.len()];
     for rows in rows.chunks((LOGITS_ELEMENTS / vocab).max(1)) {
         let index = Tensor::new(rows.iter().map(|targets| targets[0].row).collect::<Vec<_>>(), decoder.device())?;
-        let logits = decoder.logits(&hidden.index_select(&index, 0)?)?.flatten_all()?.to_vec1::<f32>()?;
-        let normalised: Vec<(f32, u32)> = logits.par_chunks(vocab).map(|row| (kernels::log_sum_exp(row), argmax(row))).collect();
-        for ((targets, (log_sum, best)), row) in rows.iter().zip(normalised).zip(logits.chunks(vocab)) {
-            for target in *targets {
+        let logits = decoder.logits(&hidden.index_select(&index, 0)?)?;
+        let most = rows.iter().map(|targets| targets.len()).max().unwrap_or(1);
+        // (as many of each row: the last again where a row has fewer)
+        let ids: Vec<u32> = rows.iter().flat_map(|targets| (0..most).map(|i| targets[i.min(targets.len() - 1)].token)).collect();
+        let log_probabilities = log_probabilities(&logits, &ids)?;
+        let best = most_likely(&logits)?;
+        for ((targets, best), found) in rows.iter().zip(best).zip(log_probabilities.chunks(most)) {
+            for (target, log_probability) in targets.iter().zip(found) {
                 let result = &mut results[target.sequence];
-                result.logprob += f64::from(row[target.token as usize] - log_sum);
+                result.logprob += f64::from(*log_probability);
                 result.greedy &= target.token == best;
             }
         }
@@ -78,8 +83,14 @@ fn score(decoder: &Decoder, pack: &Pack, group: &[Vec<Encoded>]) -> Result<Vec<L
     Ok(results)
 }
 
-/// The first of the largest.
-fn argmax(row: &[f32]) -> u32 {
-    let best = row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
-    best.0 as u32
+/// The first of the largest of every row.
+fn most_likely(logits: &Tensor) -> Result<Vec<u32>> {
+    if !logits.device().is_cpu() {
+        return Ok(logits.argmax(1)?.to_vec1()?);
+    }
+    let argmax = |row: &[f32]| {
+        let best = row.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
+        best.0 as u32
+    };
+    Ok(kernels::with_slice(logits, |l| l.par_chunks(logits.dims()[1]).map(argmax).collect())?)
 }
