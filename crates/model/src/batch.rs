@@ -47,13 +47,7 @@ impl Batch {
             }
         }
         #[cfg(feature = "flash-attn")]
-        let offsets = {
-            let ends = spans.iter().scan(0, |end, span| {
-                *end += span.len as u32;
-                Some(*end)
-            });
-            Tensor::from_vec(std::iter::once(0).chain(ends).collect(), spans.len() + 1, device)?
-        };
+        let offsets = offsets(spans, device)?;
         Ok(Self {
             spans: spans.to_vec(),
             tokens,
@@ -61,6 +55,23 @@ impl Batch {
             position_ids,
             #[cfg(feature = "flash-attn")]
             offsets,
+        })
+    }
+
+    /// The same sequences `count` times over.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] when the device runs out of memory.
+    pub fn repeated(&self, count: usize) -> Result<Self> {
+        let spans = self.spans.repeat(count);
+        let rope = self.rope.as_ref().map(|(cos, sin)| -> Result<_> { Ok((cos.repeat((1, count, 1))?, sin.repeat((1, count, 1))?)) }).transpose()?;
+        Ok(Self {
+            tokens: self.tokens * count,
+            rope,
+            position_ids: self.position_ids.as_ref().map(|ids| ids.repeat(count)).transpose()?,
+            #[cfg(feature = "flash-attn")]
+            offsets: offsets(&spans, self.offsets.device())?,
+            spans,
         })
     }
 
@@ -73,6 +84,16 @@ impl Batch {
     pub fn tokens(&self) -> usize {
         self.tokens
     }
+}
+
+/// Where each span begins, and where the last one ends.
+#[cfg(feature = "flash-attn")]
+fn offsets(spans: &[Span], device: &Device) -> Result<Tensor> {
+    let ends = spans.iter().scan(0, |end, span| {
+        *end += span.len as u32;
+        Some(*end)
+    });
+    Ok(Tensor::from_vec(std::iter::once(0).chain(ends).collect(), spans.len() + 1, device)?)
 }
 
 fn tables(parameters: &RopeParameters, head_dim: usize, spans: &[Span], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {

@@ -7,21 +7,26 @@
 //! - **Nested widths**: patterns that differ in one sub-block's width share what lies before its output layer.
 //! - **Partial evaluation**: a search may ask for the first sequences only, and for the rest later.
 //!
+//! - **Patterns side by side**: on a GPU, patterns that have parted go through a sub-block together, since a launch costs as much as its work.
+//!
 //! The kernels give a row the same bits whatever is beside it, so a pattern's loss doesn't depend on how it was batched.
 
 mod look;
+mod walk;
 
-use crate::levels::Level;
-use crate::loss::{self, Reference};
+use crate::key_tokens;
+use crate::loss::Reference;
 use crate::objective::{Fitness, FitnessKind, Objective, Segment};
 use crate::pack::pack;
 use crate::prefix_cache::PrefixCache;
 use crate::supernet::Supernet;
 use crate::{Error, Result};
-use evop_model::{Batch, NoCache, Pattern, Span, Tensor};
+use evop_model::{Batch, NoCache, Pattern, Span};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::OnceLock;
+use walk::Walk;
 
 /// Tokens that one walk carries, so that the boundary states of a path fit in memory.
 const TOKENS_AT_ONCE: usize = 1_024;
@@ -98,8 +103,12 @@ pub struct Sample {
 struct Pack {
     tokens: Vec<u32>,
     batch: Batch,
+    /// The same sequences 1, 2, … times over, for as many patterns at once; made when they are first needed.
+    copies: Vec<OnceLock<Batch>>,
     /// For the KL fitness.
     reference: Option<Reference>,
+    /// What each predicting position of each span counts; `None`: all the same.
+    weights: Option<Vec<Vec<f32>>>,
     /// Segments of this pack, in order; each belongs to a span.
     segments: Vec<(usize, Range<usize>)>,
 }
@@ -152,8 +161,9 @@ impl<'a> Evaluator<'a> {
                     own.push((span, positions));
                 }
             }
-            let batch = decoder.batch(&spans)?;
-            packs.push(Pack { tokens: tokens[range].concat(), batch, reference: None, segments: own });
+            let (tokens, batch) = (tokens[range].concat(), decoder.batch(&spans)?);
+            let copies = vec![OnceLock::new(); walk::patterns_at_once(decoder.device(), tokens.len())];
+            packs.push(Pack { tokens, batch, copies, reference: None, weights: None, segments: own });
         }
         if objective.kind == FitnessKind::Kl {
             for pack in &mut packs {
@@ -161,6 +171,12 @@ impl<'a> Evaluator<'a> {
                     let hidden = decoder.forward(&pack.tokens, &pack.batch, &mut NoCache)?;
                     Reference::new(decoder, &hidden, pack.batch.spans())
                 })?);
+            }
+        }
+        if objective.key_tokens > 0.0 {
+            let keys = packs.iter().map(|pack| key_tokens::find(decoder, &pack.tokens, pack.batch.spans())).collect::<Result<Vec<_>>>()?;
+            for (pack, weights) in packs.iter_mut().zip(key_tokens::weights(&keys, objective.key_tokens)) {
+                pack.weights = Some(weights);
             }
         }
         let cache = PrefixCache::new(if savings.prefix { savings.prefix_cache_bytes } else { 0 });
@@ -238,19 +254,9 @@ impl<'a> Evaluator<'a> {
             }
             let group: Vec<&Pattern> = todo.iter().map(|i| &new[*i]).collect();
             work.memo_block_forwards += group.iter().map(|p| kept(p)).sum::<usize>() * sequences;
-            let mut walk = Walk {
-                supernet: self.supernet,
-                pack,
-                index,
-                patterns: &group,
-                anchors: &self.anchors,
-                cache: &mut self.cache,
-                share: self.savings.prefix,
-                losses: vec![Vec::new(); group.len()],
-                block_forwards: 0,
-            };
+            let mut walk = Walk::new(self.supernet, pack, index, &group, &self.anchors, &mut self.cache);
             let device = self.supernet.decoder().device().clone();
-            device.with_context(|| walk.run())?;
+            device.with_context(|| walk.run(self.savings.prefix))?;
             work.block_forwards += walk.block_forwards;
             for (i, found) in todo.iter().zip(walk.losses) {
                 losses[*i].extend(found);
@@ -279,90 +285,5 @@ impl<'a> Evaluator<'a> {
             .collect();
         known.sort_by(|a, b| a.0.cmp(&b.0));
         known
-    }
-}
-
-/// One depth-first walk over the trie of sorted patterns.
-struct Walk<'w> {
-    supernet: &'w Supernet,
-    pack: &'w Pack,
-    index: usize,
-    patterns: &'w [&'w Pattern],
-    anchors: &'w [Pattern],
-    cache: &'w mut PrefixCache,
-    share: bool,
-    /// Per pattern, the mean losses of this pack's segments.
-    losses: Vec<Vec<f64>>,
-    block_forwards: usize,
-}
-
-impl Walk<'_> {
-    fn run(&mut self) -> Result<()> {
-        let hidden = self.supernet.decoder().embed(&self.pack.tokens, &self.pack.batch)?;
-        if self.share {
-            let anchors: Vec<usize> = (0..self.anchors.len()).collect();
-            return self.descend(&hidden, 0, 0..self.patterns.len(), &anchors);
-        }
-        (0..self.patterns.len()).try_for_each(|p| self.descend(&hidden, 0, p..p + 1, &[]))
-    }
-
-    /// `hidden` is the residual stream before sub-block `s`, common to all patterns of `group`; `anchors` agree with them up to there.
-    fn descend(&mut self, hidden: &Tensor, s: usize, group: Range<usize>, anchors: &[usize]) -> Result<()> {
-        let decoder = self.supernet.decoder();
-        if s == decoder.last_boundary() {
-            let spans = self.pack.batch.spans();
-            let losses = loss::token_losses(decoder, hidden, &self.pack.tokens, spans, self.pack.reference.as_ref())?;
-            let means: Vec<f64> = self.pack.segments.iter().map(|(span, positions)| loss::mean(&losses[*span][positions.clone()])).collect();
-            group.for_each(|p| self.losses[p].clone_from(&means));
-            return Ok(());
-        }
-        let level = |p: usize| self.supernet.level(self.patterns[p], s);
-        let mut runs: Vec<(Level, Range<usize>)> = Vec::new();
-        for p in group {
-            match runs.last_mut() {
-                Some((l, run)) if *l == level(p) => run.end = p + 1,
-                _ => runs.push((level(p), p..p + 1)),
-            }
-        }
-        // what lies before the output layer is computed once, at the largest width that has to be computed
-        let mut inner: Option<Tensor> = None;
-        let key = |level: &Level, run: &Range<usize>| {
-            let widths = (0..=s).map(|s| self.patterns[run.start].width(s));
-            widths.chain(std::iter::once(level.absorbed)).collect::<Vec<_>>()
-        };
-        let keys: Vec<Vec<usize>> = runs.iter().map(|(level, run)| key(level, run)).collect();
-        // (taken now: what is stored on the way down may push them out)
-        let known: Vec<Option<Tensor>> = keys.iter().map(|key| self.cache.get(self.index, key)).collect();
-        let computed: Vec<usize> =
-            runs.iter().zip(&known).filter(|((level, _), known)| level.width > 0 && known.is_none()).map(|(run, _)| run.0.width).collect();
-        if let (true, Some(widest), Some(block)) = (computed.len() > 1, computed.iter().max(), decoder.sub_block(s)) {
-            inner = Some(decoder.inner(&block.narrowed(*widest)?, s, hidden, &self.pack.batch, &mut NoCache)?);
-        }
-        for (((level, run), key), known) in runs.into_iter().zip(keys).zip(known) {
-            let agreeing: Vec<usize> = anchors.iter().copied().filter(|a| self.supernet.level(&self.anchors[*a], s) == level).collect();
-            let Some(block) = self.supernet.sub_block(s, level)? else {
-                self.descend(&self.supernet.skip(s, hidden)?, s + 1, run, &agreeing)?;
-                continue;
-            };
-            let after = match known {
-                Some(known) => known,
-                None => {
-                    self.block_forwards += self.pack.batch.spans().len();
-                    let after = match &inner {
-                        Some(inner) => {
-                            let own = inner.narrow(1, 0, level.width * block.unit())?;
-                            decoder.add(&block, hidden, &block.output().forward(&own)?)?
-                        }
-                        None => decoder.apply(&block, s, hidden, &self.pack.batch, &mut NoCache)?,
-                    };
-                    if !agreeing.is_empty() {
-                        self.cache.insert(self.index, key, &after);
-                    }
-                    after
-                }
-            };
-            self.descend(&after, s + 1, run, &agreeing)?;
-        }
-        Ok(())
     }
 }

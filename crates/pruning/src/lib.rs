@@ -13,6 +13,7 @@ pub mod eval;
 pub mod evaluate;
 mod gram;
 pub mod importance;
+mod key_tokens;
 mod latency;
 pub mod levels;
 mod linalg;

@@ -1,6 +1,7 @@
 //! What a search minimises: a loss a token, put together over tokens and clusters.
 
 use crate::names::named;
+use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -32,12 +33,15 @@ pub enum Aggregate {
 named!(Aggregate, "mean" => Aggregate::Mean, "worst-cluster" => Aggregate::WorstCluster, "mean+std" => Aggregate::MeanStd);
 
 /// What is minimised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Objective {
     /// Of a position.
     pub kind: FitnessKind,
     /// Of all of them.
     pub aggregate: Aggregate,
+    /// The part of the loss, 0 to 1, that the positions make up whose token the dense model takes from far back: few, so that a plain mean sells
+    /// them for a little everywhere else.
+    pub key_tokens: f64,
 }
 
 /// What a pattern scored; lower is better.
@@ -60,6 +64,15 @@ pub(crate) struct Segment {
 const SEGMENT: usize = 64;
 
 impl Objective {
+    /// # Errors
+    /// [`Error::Option`] for a part of the loss outside of 0 to 1.
+    pub fn check(&self) -> Result<()> {
+        match self.key_tokens {
+            part if (0.0..=1.0).contains(&part) => Ok(()),
+            other => Err(Error::option("--key-tokens", format!("expected a part of the loss, 0 to 1, found {other}"))),
+        }
+    }
+
     /// The segments of a sequence with this many predicting positions.
     pub(crate) fn segments(self, positions: usize) -> impl Iterator<Item = Range<usize>> {
         (0..positions).step_by(SEGMENT).map(move |start| start..positions.min(start + SEGMENT))
@@ -97,7 +110,7 @@ mod tests {
     fn aggregates_weigh_positions_and_clusters_as_they_say() {
         let segments = [(0, 64), (0, 32), (1, 64)].map(|(cluster, tokens)| Segment { cluster, tokens });
         let losses = [1.0, 2.0, 4.0];
-        let loss = |aggregate| Objective { kind: FitnessKind::Nll, aggregate }.fitness(&segments, &losses).loss;
+        let loss = |aggregate| Objective { kind: FitnessKind::Nll, aggregate, key_tokens: 0.0 }.fitness(&segments, &losses).loss;
         assert!((loss(Aggregate::Mean) - (64.0 + 64.0 + 256.0) / 160.0).abs() < 1e-12);
         assert_eq!(loss(Aggregate::WorstCluster), 4.0);
         let (a, b) = (4.0 / 3.0, 4.0);
@@ -106,7 +119,7 @@ mod tests {
 
     #[test]
     fn segments_cover_a_sequence() {
-        let objective = Objective { kind: FitnessKind::Kl, aggregate: Aggregate::Mean };
+        let objective = Objective { kind: FitnessKind::Kl, aggregate: Aggregate::Mean, key_tokens: 0.0 };
         assert_eq!(objective.segments(130).collect::<Vec<_>>(), [0..64, 64..128, 128..130]);
         assert_eq!(objective.segments(0).count(), 0);
     }

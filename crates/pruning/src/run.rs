@@ -172,6 +172,7 @@ pub struct Inputs<'a> {
 /// [`Error::RunDirectory`] when there is a run or a checkpoint already; [`Error::Option`] for options that no run could be made of.
 pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
     run.options.search.check()?;
+    run.options.objective.check()?;
     if run.options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
         SearchSpace::new(config, &run.options.space, None)?;
     }

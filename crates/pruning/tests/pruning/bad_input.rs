@@ -5,7 +5,7 @@ use evop_model::Linear;
 use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::{Calibration, CalibrationOptions, Mixing};
 use evop_pruning::checkpoint;
-use evop_pruning::run::{self, Inputs, Run};
+use evop_pruning::run::{self, Inputs, PruneOptions, Run};
 use evop_pruning::search::Strategy;
 use evop_pruning::space::Space;
 use evop_pruning::{HiddenStates, eval};
@@ -38,19 +38,20 @@ fn budgets_that_no_pattern_meets_are_refused() {
 
 #[test]
 fn numbers_that_no_search_can_run_with_are_refused_before_anything_is_computed() {
-    let refused_with = |strategy: Strategy, change: &dyn Fn(&mut evop_pruning::search::SearchOptions), texts: &[&str]| {
+    let refused_with = |strategy: Strategy, change: &dyn Fn(&mut PruneOptions), texts: &[&str]| {
         let mut options = options(strategy, strategy.recipe().space);
-        change(&mut options.search);
+        change(&mut options);
         let directory = tempfile::tempdir().unwrap();
         refused(prune(directory.path(), &options, &mut |_| Ok(())), texts);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left behind");
     };
-    refused_with(Strategy::Joint, &|s| s.joint.offspring = 0, &["--offspring", "at least 1"]);
-    refused_with(Strategy::Evop, &|s| s.evop.population = 1, &["--population", "at least 2"]);
-    refused_with(Strategy::Pareto, &|s| s.pareto.least = 1.5, &["--pareto-least", "found 1.5"]);
-    refused_with(Strategy::Pareto, &|s| s.pareto.least = f64::NAN, &["--pareto-least"]);
-    refused_with(Strategy::RandomJoint, &|s| s.evaluations = 0, &["--evaluations", "found 0"]);
-    refused_with(Strategy::PolicyGradient, &|s| s.evaluations = 1, &["--evaluations", "expected at least"]);
+    refused_with(Strategy::Joint, &|o| o.search.joint.offspring = 0, &["--offspring", "at least 1"]);
+    refused_with(Strategy::Evop, &|o| o.search.evop.population = 1, &["--population", "at least 2"]);
+    refused_with(Strategy::Pareto, &|o| o.search.pareto.least = 1.5, &["--pareto-least", "found 1.5"]);
+    refused_with(Strategy::Pareto, &|o| o.search.pareto.least = f64::NAN, &["--pareto-least"]);
+    refused_with(Strategy::RandomJoint, &|o| o.search.evaluations = 0, &["--evaluations", "found 0"]);
+    refused_with(Strategy::PolicyGradient, &|o| o.search.evaluations = 1, &["--evaluations", "expected at least"]);
+    refused_with(Strategy::Joint, &|o| o.objective.key_tokens = -0.1, &["--key-tokens", "found -0.1"]);
 }
 
 #[test]

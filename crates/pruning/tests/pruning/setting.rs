@@ -37,8 +37,8 @@ pub fn corpus(text: &str) -> Vec<Corpus> {
     vec![Corpus { label: "text".into(), documents: vec![text.to_string()] }]
 }
 
-pub const NLL: Objective = Objective { kind: FitnessKind::Nll, aggregate: Aggregate::Mean };
-pub const KL: Objective = Objective { kind: FitnessKind::Kl, aggregate: Aggregate::Mean };
+pub const NLL: Objective = Objective { kind: FitnessKind::Nll, aggregate: Aggregate::Mean, key_tokens: 0.0 };
+pub const KL: Objective = Objective { kind: FitnessKind::Kl, aggregate: Aggregate::Mean, key_tokens: 0.0 };
 
 pub fn space_options(space: Space, sparsity: f64) -> SpaceOptions {
     SpaceOptions {
@@ -70,7 +70,7 @@ pub fn options(strategy: Strategy, space: Space) -> PruneOptions {
     PruneOptions {
         space: space_options(space, 0.25),
         search: search_options(strategy),
-        objective: Objective { kind: strategy.recipe().fitness, aggregate: Aggregate::Mean },
+        objective: Objective { kind: strategy.recipe().fitness, aggregate: Aggregate::Mean, key_tokens: 0.0 },
         levels: LevelOptions { skips: strategy.recipe().skips, ..Default::default() },
         calibration: CalibrationOptions { sequences: 4, sequence_length: 48, clusters: 4, statistics_tokens: 4096, held_out_tokens: 480, ..Default::default() },
         embedder: None,

@@ -31,7 +31,7 @@ fn every_strategy_finds_a_pattern_within_the_budget_and_the_same_again_when_it_i
                 recorded.borrow_mut().extend(results.iter().cloned());
                 Ok(())
             };
-            let objective = Objective { kind: recipe.fitness, aggregate: Aggregate::Mean };
+            let objective = Objective { kind: recipe.fitness, aggregate: Aggregate::Mean, key_tokens: 0.0 };
             let mut evaluator = Evaluator::new(&supernet, &samples()[..1], objective, Savings::default(), known, Work::default(), Box::new(record)).unwrap();
             let mut rounds = 0;
             let mut options = small(*strategy);
@@ -81,7 +81,7 @@ fn a_greedy_step_is_the_best_of_all_removals_that_the_paper_allows() {
         // 40% of 12 layers are 4
         (Strategy::Finercut, Space::Block, 0.01, all((8..2 * layers).map(|s| dense.without(s)).collect())),
     ] {
-        let objective = Objective { kind: strategy.recipe().fitness, aggregate: Aggregate::Mean };
+        let objective = Objective { kind: strategy.recipe().fitness, aggregate: Aggregate::Mean, key_tokens: 0.0 };
         let losses: Vec<f64> = removals.iter().map(|p| alone(p, objective)).collect();
         let expected = (0..losses.len()).reduce(|best, other| if losses[other] < losses[best] { other } else { best }).unwrap();
         let mut evaluator = evaluator(&supernet, objective, Savings::default());
