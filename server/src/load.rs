@@ -69,6 +69,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
+    let kv_element_bytes = decoder.dtype().size_in_bytes();
     let engine = Engine::start(decoder, eos_token_ids, engine_config)?;
     let chat = match checkpoint.chat_template() {
         Some(template) => ChatRenderer::new(template).map_err(|e| e.to_string()),
@@ -93,7 +94,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         config: model,
         chat,
         engine,
-        kv_element_bytes: dtype.size_in_bytes(),
+        kv_element_bytes,
     })
 }
 

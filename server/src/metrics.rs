@@ -4,9 +4,12 @@
 
 use crate::served::Served;
 use crate::serving_slot::ServingSlot;
-use evop_serving::FinishReason;
+use evop_model::BLOCK_TOKENS;
+use evop_serving::{EngineStats, FinishReason};
 use prometheus::core::Collector;
 use prometheus::{Encoder, Error, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Seconds to a first token.
@@ -18,8 +21,6 @@ const INTER_TOKEN: [f64; 19] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0
 const REQUEST: [f64; 21] = [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0];
 /// Choices of a request.
 const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
-/// Tokens of a block in `cache_config_info`. Memory is handed out by the token; readers want to know the capacity in blocks.
-const BLOCK_TOKENS: usize = 16;
 
 /// vLLM's labels.
 const MODEL: [&str; 2] = ["model_name", "engine"];
@@ -35,6 +36,8 @@ pub struct Metrics {
     waiting: GaugeVec,
     kv_cache_usage: GaugeVec,
     cache_config: IntGaugeVec,
+    kv_blocks_used: IntGaugeVec,
+    kv_blocks: IntGaugeVec,
     kv_bytes_used: IntGaugeVec,
     kv_bytes_budget: IntGaugeVec,
     ready: IntGaugeVec,
@@ -46,6 +49,11 @@ pub struct Metrics {
     rejections: IntCounterVec,
     http_requests: IntCounterVec,
     swaps: IntCounterVec,
+    preemptions: IntCounterVec,
+    prefix_queries: IntCounterVec,
+    prefix_hits: IntCounterVec,
+    /// What the engines that there are have counted, as of the last rendering: the counters above go on when one ends.
+    counted: Mutex<HashMap<usize, EngineStats>>,
 
     first_token: HistogramVec,
     inter_token: HistogramVec,
@@ -98,14 +106,16 @@ impl Metrics {
         let metrics = Self {
             running: r.gauge("vllm:num_requests_running", "Sequences in the current batch.")?,
             waiting: r.gauge("vllm:num_requests_waiting", "Requests that wait to be computed.")?,
-            kv_cache_usage: r.gauge("vllm:kv_cache_usage_perc", "Share of the key/value memory that is reserved, 0 to 1.")?,
+            kv_cache_usage: r.gauge("vllm:kv_cache_usage_perc", "Share of the key/value memory that sequences hold, 0 to 1.")?,
             cache_config: r.int_gauge(
                 "vllm:cache_config_info",
                 "Capacity of the key/value memory.",
                 &["model_name", "engine", "block_size", "num_gpu_blocks"],
             )?,
-            kv_bytes_used: r.int_gauge("evop_kv_bytes_used", "Bytes of key/value memory that are reserved, by all engines.", &[])?,
-            kv_bytes_budget: r.int_gauge("evop_kv_bytes_budget", "Bytes of key/value memory that can be reserved.", &[])?,
+            kv_blocks_used: r.int_gauge("evop_kv_blocks_used", "Blocks of key/value memory that sequences hold, by all engines.", &[])?,
+            kv_blocks: r.int_gauge("evop_kv_blocks", "Blocks of key/value memory.", &[])?,
+            kv_bytes_used: r.int_gauge("evop_kv_bytes_used", "Bytes of key/value memory that sequences hold, by all engines.", &[])?,
+            kv_bytes_budget: r.int_gauge("evop_kv_bytes_budget", "Bytes of key/value memory.", &[])?,
             ready: r.int_gauge("evop_ready", "1 if a model is loaded, its engine runs and the server takes requests.", &[])?,
             served_info: r.int_gauge("evop_served_info", "The model that is served: its id and where it came from.", &["id", "root", "parent"])?,
             prompt_tokens: r.counter("vllm:prompt_tokens_total", "Prompt tokens of finished requests.", &MODEL)?,
@@ -114,6 +124,10 @@ impl Metrics {
             rejections: r.counter("vllm:admission_rejections_total", "Requests that were not taken.", &["model_name", "engine", "reason"])?,
             http_requests: r.counter("evop_http_requests_total", "HTTP requests by path and status.", &["path", "status"])?,
             swaps: r.counter("evop_model_swaps_total", "Models put into service.", &[])?,
+            preemptions: r.counter("vllm:num_preemptions_total", "Sequences that gave their memory back and were computed again.", &MODEL)?,
+            prefix_queries: r.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", &MODEL)?,
+            prefix_hits: r.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", &MODEL)?,
+            counted: Mutex::default(),
             first_token: r.histogram("vllm:time_to_first_token_seconds", "Seconds from a request to its first token.", &FIRST_TOKEN)?,
             inter_token: r.histogram("vllm:inter_token_latency_seconds", "Seconds between a choice's tokens.", &INTER_TOKEN)?,
             time_per_output_token: r.histogram("vllm:request_time_per_output_token_seconds", "Mean seconds a token, per choice.", &INTER_TOKEN)?,
@@ -144,7 +158,7 @@ impl Metrics {
             self.requests.with_label_values(&[&self.model_name, "0", reason]).reset();
         }
         self.rejections.with_label_values(&[&self.model_name, "0", "queue_full"]).reset();
-        for counter in [&self.prompt_tokens, &self.generation_tokens] {
+        for counter in [&self.prompt_tokens, &self.generation_tokens, &self.preemptions, &self.prefix_queries, &self.prefix_hits] {
             counter.with_label_values(&self.labels()).reset();
         }
         self.swaps.with_label_values::<&str>(&[]).reset();
@@ -157,27 +171,44 @@ impl Metrics {
     pub fn render(&self, slot: &ServingSlot, ready: bool) -> Result<String, Error> {
         let current = slot.current();
         let draining = slot.draining();
-        let of_all = |value: fn(&Served) -> usize| current.iter().chain(&draining).map(|served| value(served)).sum::<usize>();
-        let used = of_all(|served| served.engine.stats().kv_bytes_used);
-        let budget = current.as_ref().map_or(0, |served| served.engine.stats().kv_bytes_budget);
-        self.running.with_label_values(&self.labels()).set(of_all(|served| served.engine.stats().running) as f64);
-        self.waiting.with_label_values(&self.labels()).set(of_all(|served| served.engine.stats().waiting) as f64);
+        let of_all = |value: fn(&EngineStats) -> usize| current.iter().chain(&draining).map(|served| value(&served.engine.stats())).sum::<usize>();
+        let used = of_all(|stats| stats.kv_blocks_used * stats.kv_block_bytes);
+        let (blocks, block_bytes) = current.as_ref().map_or((0, 0), |served| (served.engine.stats().kv_blocks, served.engine.stats().kv_block_bytes));
+        let budget = blocks * block_bytes;
+        self.count_engines(current.iter().chain(&draining));
+        self.kv_blocks_used.with_label_values::<&str>(&[]).set(of_all(|stats| stats.kv_blocks_used) as i64);
+        self.kv_blocks.with_label_values::<&str>(&[]).set(blocks as i64);
+        self.running.with_label_values(&self.labels()).set(of_all(|stats| stats.running) as f64);
+        self.waiting.with_label_values(&self.labels()).set(of_all(|stats| stats.waiting) as f64);
         self.kv_cache_usage.with_label_values(&self.labels()).set(if budget == 0 { 0.0 } else { (used as f64 / budget as f64).min(1.0) });
         self.kv_bytes_used.with_label_values::<&str>(&[]).set(used as i64);
         self.kv_bytes_budget.with_label_values::<&str>(&[]).set(budget as i64);
         self.ready.with_label_values::<&str>(&[]).set(i64::from(ready));
         if let Some(served) = &current {
-            self.describe(served, budget);
+            self.describe(served, blocks);
         }
         let mut text = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 
-    fn describe(&self, served: &Served, budget: usize) {
-        let block = BLOCK_TOKENS * served.config.kv_bytes_per_token(served.kv_element_bytes).max(1);
+    /// Adds what the engines counted since the last time.
+    fn count_engines<'s>(&self, engines: impl Iterator<Item = &'s Arc<Served>>) {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::take(&mut *counted);
+        for served in engines {
+            let (at, now) = (Arc::as_ptr(served) as usize, served.engine.stats());
+            let since = |of: fn(&EngineStats) -> u64| of(&now).saturating_sub(before.get(&at).map_or(0, of));
+            self.preemptions.with_label_values(&self.labels()).inc_by(since(|s| s.preemptions));
+            self.prefix_queries.with_label_values(&self.labels()).inc_by(since(|s| s.prefix_queries));
+            self.prefix_hits.with_label_values(&self.labels()).inc_by(since(|s| s.prefix_hits));
+            counted.insert(at, now);
+        }
+    }
+
+    fn describe(&self, served: &Served, blocks: usize) {
         self.cache_config.reset();
-        let (size, blocks) = (BLOCK_TOKENS.to_string(), (budget / block).to_string());
+        let (size, blocks) = (BLOCK_TOKENS.to_string(), blocks.to_string());
         self.cache_config.with_label_values(&[&self.model_name, "0", size.as_str(), blocks.as_str()]).set(1);
         self.served_info.reset();
         self.served_info.with_label_values(&[served.id.as_str(), &served.root, served.parent.as_deref().unwrap_or("")]).set(1);

@@ -1,10 +1,15 @@
-//! What a forward pass needs of a key/value cache, and the simple contiguous one.
+//! What a forward pass needs of a key/value cache, and the paged one: blocks of [`BLOCK_TOKENS`] tokens that belong to whatever sequence holds
+//! them, in the manner of Kwon et al. 2023 (arXiv 2309.06180). There is memory only for attention that exists, and only for its groups.
 
 use crate::attention::{self, AttentionSpec};
 use crate::batch::Batch;
 use crate::kernels;
-use crate::{Config, Result};
-use candle_core::{DType, Tensor};
+use crate::kernels::attention::{Lines, Sequence};
+use crate::{Config, Error, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// Tokens of a block.
+pub const BLOCK_TOKENS: usize = 32;
 
 /// Stores the new keys and values of a pass and attends over everything stored.
 pub trait KvCache {
@@ -26,95 +31,198 @@ impl KvCache for NoCache {
     }
 }
 
-/// Keys or values of one sequence in one layer, [tokens, kv_groups, d].
+/// Blocks of keys and values, of all layers at once: block `b` is the same tokens in every layer.
 #[derive(Debug)]
-enum Rows {
-    Host(Vec<f32>),
-    Device(Option<Tensor>),
+pub struct KvPool {
+    layers: Vec<Option<LayerBlocks>>,
+    blocks: usize,
+    bytes_per_block: usize,
 }
 
-impl Rows {
-    fn append(&mut self, new: &Tensor) -> Result<()> {
-        match self {
-            Self::Host(rows) => kernels::extend_from(rows, new)?,
-            Self::Device(rows) => {
-                *rows = Some(match rows.take() {
-                    Some(old) => Tensor::cat(&[&old, new], 0)?,
-                    None => new.clone(),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Host(rows) => rows.capacity() * size_of::<f32>(),
-            Self::Device(rows) => rows.as_ref().map_or(0, |t| t.elem_count() * t.dtype().size_in_bytes()),
-        }
-    }
-}
-
-/// The cache of one sequence: memory only for attention sub-blocks that exist, and only for their groups.
 #[derive(Debug)]
-pub struct SequenceCache {
-    layers: Vec<Option<(Rows, Rows)>>,
+struct LayerBlocks {
+    groups: usize,
+    store: Store,
 }
 
-impl SequenceCache {
-    /// An empty cache for a model of this shape; `capacity_tokens` is reserved on the CPU, so that growing copies nothing.
-    pub fn new(config: &Config, dtype: DType, device: &candle_core::Device, capacity_tokens: usize) -> Self {
-        let on_host = device.is_cpu() && dtype == DType::F32;
-        let layer = |groups: usize| {
-            let rows = || if on_host { Rows::Host(Vec::with_capacity(capacity_tokens * groups * config.head_dim)) } else { Rows::Device(None) };
-            (groups > 0).then(|| (rows(), rows()))
-        };
-        Self { layers: config.layers.iter().map(|l| layer(l.shape.kv_groups)).collect() }
-    }
-
-    /// Bytes held (on the CPU: reserved).
-    pub fn bytes(&self) -> usize {
-        self.layers.iter().flatten().map(|(k, v)| k.bytes() + v.bytes()).sum()
-    }
-}
-
-/// The caches of a batch's sequences, in the batch's order.
 #[derive(Debug)]
-pub struct BatchCache<'a> {
-    sequences: Vec<&'a mut SequenceCache>,
+enum Store {
+    /// [blocks][groups][32][d] each: a group's keys of a block lie together, read in place by our kernel. The system gives memory when it is written.
+    Host { k: Vec<f32>, v: Vec<f32> },
+    /// [blocks * 32, groups * d] each.
+    Device { k: Tensor, v: Tensor },
 }
 
-impl<'a> BatchCache<'a> {
-    /// One cache a span of the batch.
-    pub fn new(sequences: Vec<&'a mut SequenceCache>) -> Self {
-        Self { sequences }
-    }
-}
-
-impl KvCache for BatchCache<'_> {
-    fn attend(&mut self, layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
-        let mut start = 0;
-        let mut on_device = Vec::new();
-        for (sequence, span) in self.sequences.iter_mut().zip(batch.spans()) {
-            let Some((keys, values)) = &mut sequence.layers[layer] else {
-                return Err(crate::Error::Input(format!("the cache was made for another shape: it has no attention in layer {layer}")));
+impl KvPool {
+    /// `blocks` blocks for a model of this shape, computed in `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when the device has no memory for them.
+    pub fn new(config: &Config, dtype: DType, device: &Device, blocks: usize) -> Result<Self> {
+        let layer = |groups: usize| -> Result<LayerBlocks> {
+            let (rows, width) = (blocks * BLOCK_TOKENS, groups * config.head_dim);
+            let store = if device.is_cpu() && dtype == DType::F32 {
+                Store::Host { k: vec![0.0; rows * width], v: vec![0.0; rows * width] }
+            } else {
+                Store::Device { k: Tensor::zeros((rows, width), dtype, device)?, v: Tensor::zeros((rows, width), dtype, device)? }
             };
-            keys.append(&k.narrow(0, start, span.len)?)?;
-            values.append(&v.narrow(0, start, span.len)?)?;
-            if let (Rows::Device(Some(keys)), Rows::Device(Some(values))) = (&*keys, &*values) {
-                on_device.push(attention::attend(spec, &q.narrow(0, start, span.len)?, keys, values, span.past)?);
+            Ok(LayerBlocks { groups, store })
+        };
+        let layers = config.layers.iter().map(|l| (l.shape.kv_groups > 0).then(|| layer(l.shape.kv_groups)).transpose()).collect::<Result<_>>()?;
+        Ok(Self { layers, blocks, bytes_per_block: Self::bytes_per_block(config, dtype) })
+    }
+
+    /// Bytes that one block takes in all layers.
+    pub fn bytes_per_block(config: &Config, dtype: DType) -> usize {
+        BLOCK_TOKENS * config.kv_bytes_per_token(dtype.size_in_bytes())
+    }
+
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Bytes of all blocks.
+    pub fn bytes(&self) -> usize {
+        self.blocks * self.bytes_per_block
+    }
+
+    /// The cache of a pass over sequences that hold these blocks, in the batch's order: `tables[i][j]` holds tokens 32 j .. 32 (j + 1) of sequence i.
+    /// The blocks of the pass's new tokens must belong to one sequence each.
+    pub fn paged<'p>(&'p mut self, tables: Vec<&'p [u32]>) -> PagedCache<'p> {
+        PagedCache { pool: self, tables, slots: None }
+    }
+}
+
+/// A [`KvPool`] under the block tables of one batch.
+#[derive(Debug)]
+pub struct PagedCache<'p> {
+    pool: &'p mut KvPool,
+    tables: Vec<&'p [u32]>,
+    /// Where the pass's new rows go, and per sequence where its rows lie; the same in every layer. For [`Store::Device`].
+    slots: Option<(Vec<u32>, Vec<Tensor>)>,
+}
+
+impl PagedCache<'_> {
+    fn check(&self, layer: usize, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
+        let groups = self.pool.layers.get(layer).and_then(Option::as_ref).map_or(0, |l| l.groups);
+        if groups < spec.kv_groups {
+            return Err(Error::Input(format!(
+                "the cache was made for another shape: it has no attention in layer {layer} of {} groups, but of {groups}",
+                spec.kv_groups
+            )));
+        }
+        for (table, span) in self.tables.iter().zip(batch.spans()) {
+            let needed = (span.past + span.len).div_ceil(BLOCK_TOKENS);
+            if table.len() < needed || table.iter().any(|b| *b as usize >= self.pool.blocks) {
+                return Err(Error::Input(format!("a sequence of {} tokens needs {needed} blocks of this cache, found {table:?}", span.past + span.len)));
             }
-            start += span.len;
         }
-        if !on_device.is_empty() {
-            return Ok(Tensor::cat(&on_device, 0)?);
-        }
-        let mut rows = Vec::with_capacity(self.sequences.len());
-        for (sequence, span) in self.sequences.iter().zip(batch.spans()) {
-            if let Some((Rows::Host(k), Rows::Host(v))) = &sequence.layers[layer] {
-                rows.push(kernels::attention::Rows { k, v, span: *span });
+        if self.tables.len() == batch.spans().len() { Ok(()) } else { Err(Error::Input("expected a block table a sequence".into())) }
+    }
+
+    /// Packed row -> (sequence, position).
+    fn positions(batch: &Batch) -> impl Iterator<Item = (usize, usize)> {
+        batch.spans().iter().enumerate().flat_map(|(s, span)| (span.past..span.past + span.len).map(move |p| (s, p)))
+    }
+}
+
+/// Where a token of a sequence lies, counted in tokens.
+fn slot(table: &[u32], position: usize) -> usize {
+    table[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
+}
+
+impl KvCache for PagedCache<'_> {
+    fn attend(&mut self, layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
+        self.check(layer, spec, batch)?;
+        let Some(LayerBlocks { groups, store }) = &mut self.pool.layers[layer] else { return Err(Error::Input(format!("no attention in layer {layer}"))) };
+        let (groups, d) = (*groups, spec.head_dim);
+        match store {
+            Store::Host { k: keys, v: values } => {
+                for (rows, new) in [(&mut *keys, k), (&mut *values, v)] {
+                    kernels::with_slice(new, |new| {
+                        for ((s, position), row) in Self::positions(batch).zip(new.chunks_exact(spec.kv_groups * d)) {
+                            let (block, within) = (self.tables[s][position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
+                            for (group, values) in row.chunks_exact(d).enumerate() {
+                                let at = ((block * groups + group) * BLOCK_TOKENS + within) * d;
+                                rows[at..at + d].copy_from_slice(values);
+                            }
+                        }
+                    })?;
+                }
+                let lines = |data| self.tables.iter().map(move |table| Lines::Blocks { data, table, groups });
+                let sequences: Vec<Sequence<'_>> =
+                    lines(keys.as_slice()).zip(lines(values.as_slice())).zip(batch.spans()).map(|((k, v), span)| Sequence { k, v, span: *span }).collect();
+                kernels::attention::attend(spec, q, &sequences)
+            }
+            Store::Device { k: keys, v: values } => {
+                let tokens = batch.tokens();
+                if self.slots.is_none() {
+                    let new = Self::positions(batch).map(|(s, p)| slot(self.tables[s], p) as u32).collect();
+                    let of = |(table, span): (&&[u32], &crate::Span)| -> Result<Tensor> {
+                        let slots: Vec<u32> = (0..span.past + span.len).map(|p| slot(table, p) as u32).collect();
+                        Ok(Tensor::from_vec(slots, span.past + span.len, q.device())?)
+                    };
+                    self.slots = Some((new, self.tables.iter().zip(batch.spans()).map(of).collect::<Result<_>>()?));
+                }
+                let Some((new, held)) = &self.slots else { return Err(Error::Input("no slots".into())) };
+                let index: Vec<u32> = new.iter().flat_map(|slot| std::iter::repeat_n(*slot, groups * d)).collect();
+                let index = Tensor::from_vec(index, (tokens, groups * d), q.device())?;
+                for (rows, new) in [(&*keys, k), (&*values, v)] {
+                    let width = spec.kv_groups * d;
+                    // (a narrower attention leaves the pool's last groups unused)
+                    let new = new.reshape((tokens, width))?.pad_with_zeros(1, 0, groups * d - width)?.contiguous()?;
+                    rows.scatter_set(&index, &new, 0)?;
+                }
+                let mut outputs = Vec::with_capacity(held.len());
+                let mut start = 0;
+                for (held, span) in held.iter().zip(batch.spans()) {
+                    let rows = |of: &Tensor| -> Result<Tensor> {
+                        let rows = of.index_select(held, 0)?.reshape((span.past + span.len, groups, d))?;
+                        Ok(rows.narrow(1, 0, spec.kv_groups)?.contiguous()?)
+                    };
+                    outputs.push(attention::attend(spec, &q.narrow(0, start, span.len)?, &rows(keys)?, &rows(values)?, span.past)?);
+                    start += span.len;
+                }
+                Ok(Tensor::cat(&outputs, 0)?)
             }
         }
-        kernels::attention::attend_rows(spec, q, &rows)
+    }
+}
+
+/// A pool shared out among a fixed number of sequences: for tools and tests, which know beforehand how long each becomes.
+#[derive(Debug)]
+pub struct FixedCache {
+    pool: KvPool,
+    tables: Vec<Vec<u32>>,
+}
+
+impl FixedCache {
+    /// Blocks for sequences of so many tokens each.
+    ///
+    /// # Errors
+    /// [`Error::Candle`] when the device has no memory for them.
+    pub fn new(config: &Config, dtype: DType, device: &Device, capacities: &[usize]) -> Result<Self> {
+        let mut next = 0;
+        let tables: Vec<Vec<u32>> = capacities
+            .iter()
+            .map(|tokens| {
+                let first = next;
+                next += tokens.div_ceil(BLOCK_TOKENS) as u32;
+                (first..next).collect()
+            })
+            .collect();
+        Ok(Self { pool: KvPool::new(config, dtype, device, next as usize)?, tables })
+    }
+
+    /// The cache of a pass over these of the sequences, in the batch's order.
+    pub fn of(&mut self, sequences: impl IntoIterator<Item = usize>) -> PagedCache<'_> {
+        let tables = sequences.into_iter().map(|s| self.tables[s].as_slice()).collect();
+        self.pool.paged(tables)
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &KvPool {
+        &self.pool
     }
 }

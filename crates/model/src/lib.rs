@@ -40,7 +40,7 @@ mod sub_block;
 
 pub use attention::AttentionSpec;
 pub use batch::{Batch, Span};
-pub use cache::{BatchCache, KvCache, NoCache, SequenceCache};
+pub use cache::{BLOCK_TOKENS, FixedCache, KvCache, KvPool, NoCache, PagedCache};
 pub use candle_core::{DType, Device, Tensor};
 pub use chat::ChatTemplate;
 pub use checkpoint::{Checkpoint, EmbeddedFiles, GenerationConfig, open_weights};

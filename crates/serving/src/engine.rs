@@ -1,13 +1,13 @@
 //! The engine's thread: `loop { admit; schedule; forward; sample; emit }`.
 
 use crate::error::Error;
-use crate::handle::{Command, EngineHandle};
+use crate::handle::{Command, EngineHandle, Inner};
 use crate::model_runner::ModelRunner;
 use crate::output::FinishReason;
 use crate::scheduler::{Limits, Scheduler, Withdrawn};
 use crate::sequence::Sequence;
 use crate::stats::Shared;
-use evop_model::{Decoder, Positions};
+use evop_model::{BLOCK_TOKENS, Decoder, KvPool, Positions};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub struct EngineConfig {
     pub max_batch_tokens: usize,
     /// Tokens of prompt and answer together.
     pub max_model_len: usize,
-    /// Bytes of key/value cache. A sequence reserves what its prompt and `max_tokens` need, or waits.
+    /// Bytes of key/value cache, in blocks of 32 tokens. Sequences take blocks as they grow; when there are none left, who came last gives way.
     pub kv_budget_bytes: usize,
 }
 
@@ -63,6 +63,14 @@ impl EngineConfig {
 
 fn kv_bytes_per_token(decoder: &Decoder) -> usize {
     decoder.config().kv_bytes_per_token(decoder.dtype().size_in_bytes())
+}
+
+/// Blocks that the budget is enough for; a model without attention needs none of the memory, but every sequence its table.
+fn blocks(decoder: &Decoder, config: &EngineConfig) -> usize {
+    match KvPool::bytes_per_block(decoder.config(), decoder.dtype()) {
+        0 => config.max_concurrent * config.max_model_len.div_ceil(BLOCK_TOKENS),
+        bytes => config.kv_budget_bytes / bytes,
+    }
 }
 
 /// What the engine's thread owns.
@@ -95,24 +103,27 @@ impl Engine {
     /// Starts the engine's thread; it owns the decoder until it ends.
     ///
     /// # Errors
-    /// [`Error::Config`] for limits that contradict each other, [`Error::Thread`] if there can't be a thread.
+    /// [`Error::Config`] for limits that contradict each other, [`Error::Cache`] without memory for keys and values, [`Error::Thread`] if there
+    /// can't be a thread.
     pub fn start(decoder: Decoder, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
         config.validate()?;
         let positions = decoder.config().max_position_embeddings;
         if matches!(decoder.config().positions, Positions::Learned { .. }) && config.max_model_len > positions {
             return Err(Error::Config(format!("max_model_len: expected at most the model's {positions} learned positions, found {}", config.max_model_len)));
         }
-        Self::spawn(ModelRunner::new(decoder), eos_token_ids, config)
+        let blocks = blocks(&decoder, &config);
+        Self::spawn(ModelRunner::new(decoder, blocks).map_err(Error::Cache)?, eos_token_ids, config)
     }
 
     fn spawn(runner: ModelRunner, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
-        let (vocab_size, kv_bytes_per_token) = (runner.decoder().config().vocab_size, kv_bytes_per_token(runner.decoder()));
-        let EngineConfig { max_concurrent, max_batch_tokens, kv_budget_bytes, .. } = config;
-        let scheduler = Scheduler::new(Limits { max_concurrent, max_batch_tokens, kv_budget_bytes, kv_bytes_per_token });
-        let shared = Arc::new(Shared::new(kv_budget_bytes));
+        let decoder = runner.decoder();
+        let (vocab_size, block_bytes) = (decoder.config().vocab_size, KvPool::bytes_per_block(decoder.config(), decoder.dtype()));
+        let EngineConfig { max_concurrent, max_batch_tokens, .. } = config;
+        let scheduler = Scheduler::new(Limits { max_concurrent, max_batch_tokens }, runner.blocks());
+        let shared = Arc::new(Shared::new(runner.blocks(), block_bytes));
         let (sender, commands) = mpsc::channel();
         let (news, ended) = watch::channel(());
-        let handle = EngineHandle::new(sender, Arc::clone(&shared), config, vocab_size, kv_bytes_per_token, ended);
+        let handle = EngineHandle::new(Inner { commands: sender, shared: Arc::clone(&shared), config, vocab_size, ended });
         let _ended = Ended { shared: Arc::clone(&shared), _news: news };
         let engine = Self { runner, scheduler, eos_token_ids, commands, shared, last_finish: Instant::now(), _ended };
         std::thread::Builder::new().name("evop-engine".into()).spawn(move || engine.run())?;
@@ -163,11 +174,11 @@ impl Engine {
 
     fn step(&mut self) {
         self.drop_abandoned();
-        let (scheduler, runner) = (&mut self.scheduler, &self.runner);
-        let stopped = scheduler.admit(&self.eos_token_ids, |capacity| runner.new_cache(capacity));
+        let stopped = self.scheduler.admit(&self.eos_token_ids);
         self.finish_withdrawn(&stopped, &FinishReason::Stop);
+        let scheduled = self.scheduler.schedule();
         self.publish();
-        if self.scheduler.schedule() == 0 {
+        if scheduled == 0 {
             return;
         }
         self.compute();
@@ -178,7 +189,7 @@ impl Engine {
     fn drop_abandoned(&mut self) {
         let gone = self.scheduler.withdraw(UnboundedSender::is_closed);
         self.finish_withdrawn(&gone, &FinishReason::Cancelled);
-        for sequence in &mut self.scheduler.running {
+        for sequence in self.scheduler.begun() {
             // stopped first: a caller that found its stop string may then drop the stream
             if sequence.is_stopped() {
                 sequence.finished = Some(FinishReason::Stop);
@@ -191,7 +202,7 @@ impl Engine {
 
     /// The forward pass and the sampling. An error or a panic ends the sequences that were in it, and only those.
     fn compute(&mut self) {
-        let (runner, running) = (&self.runner, &mut self.scheduler.running);
+        let (runner, running) = (&mut self.runner, &mut self.scheduler.running);
         let message = match catch_unwind(AssertUnwindSafe(|| runner.step(running))) {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),
@@ -206,9 +217,10 @@ impl Engine {
     /// Sends what the step made.
     fn emit(&mut self) {
         self.shared.steps.fetch_add(1, Relaxed);
-        let unbroken = self.scheduler.running.iter_mut().filter(|s| s.scheduled > 0 && s.finished.is_none());
-        for sequence in unbroken {
+        let Scheduler { running, blocks, .. } = &mut self.scheduler;
+        for sequence in running.iter_mut().filter(|s| s.scheduled > 0 && s.finished.is_none()) {
             let advanced = sequence.advance(&self.eos_token_ids);
+            sequence.name_blocks(blocks);
             self.shared.prompt_tokens.fetch_add(advanced.prompt_tokens as u64, Relaxed);
             self.shared.generation_tokens.fetch_add(advanced.generated_tokens as u64, Relaxed);
         }
@@ -251,9 +263,12 @@ impl Engine {
 
     /// Brings the shared counters up to date.
     fn publish(&mut self) {
-        let Shared { running, waiting, kv_bytes_used, .. } = self.shared.as_ref();
-        running.store(self.scheduler.running.len(), Relaxed);
-        kv_bytes_used.store(self.scheduler.kv_bytes_used(), Relaxed);
+        let Shared { running, waiting, kv_blocks_used, preemptions, prefix_queries, prefix_hits, .. } = self.shared.as_ref();
+        running.store(self.scheduler.begun().count(), Relaxed);
+        kv_blocks_used.store(self.scheduler.blocks.held(), Relaxed);
+        preemptions.store(self.scheduler.preemptions, Relaxed);
+        prefix_queries.store(self.scheduler.prefix.0, Relaxed);
+        prefix_hits.store(self.scheduler.prefix.1, Relaxed);
         // after `running`, so that a request that passes from one to the other is never in neither
         waiting.fetch_sub(self.scheduler.take_left_queue(), Relaxed);
     }
@@ -267,7 +282,7 @@ impl Engine {
         }
         let waiting = self.scheduler.withdraw(|_| true);
         self.finish_withdrawn(&waiting, &FinishReason::Cancelled);
-        for sequence in &mut self.scheduler.running {
+        for sequence in self.scheduler.begun() {
             sequence.finished = Some(FinishReason::Cancelled);
         }
         self.finish();
@@ -294,7 +309,7 @@ mod tests {
         let decoder = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
         // one token a step and sequence, two sequences: the second request's prompt is still read while the first decodes
         let config = EngineConfig { max_batch_tokens: 2, max_concurrent: 2, ..EngineConfig::for_decoder(&decoder) };
-        let mut runner = ModelRunner::new(decoder);
+        let mut runner = ModelRunner::new(decoder, 64).unwrap();
         runner.fault = Some(fault);
         Engine::spawn(runner, vec![0], config).unwrap()
     }
@@ -322,7 +337,7 @@ mod tests {
         assert!(matches!(end(submit(&engine, vec![5, POISON])).0, FinishReason::Error(text) if text.contains("out of memory")));
         assert_eq!(end(submit(&engine, vec![5])).0, FinishReason::Length);
         let stats = engine.stats();
-        assert_eq!((stats.finished.error, stats.finished.length, stats.running, stats.kv_bytes_used), (1, 1, 0, 0));
+        assert_eq!((stats.finished.error, stats.finished.length, stats.running, stats.kv_blocks_used), (1, 1, 0, 0));
     }
 
     #[test]

@@ -9,6 +9,9 @@ pub enum Error {
     /// The engine's thread could not be started.
     #[error("the engine's thread can't be started: {0}")]
     Thread(#[from] std::io::Error),
+    /// There is no memory for the keys and values.
+    #[error("no memory for the key/value cache: {0}")]
+    Cache(evop_model::Error),
     /// The tokenizer could not turn tokens into text.
     #[error("the tokenizer can't decode: {0}")]
     Decode(String),

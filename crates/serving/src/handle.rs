@@ -6,6 +6,7 @@ use crate::params::{InvalidParam, Request};
 use crate::sequence::SequenceGroup;
 use crate::stats::{EngineStats, Shared};
 use crate::stream::RequestStream;
+use evop_model::BLOCK_TOKENS;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -60,13 +61,12 @@ pub enum SubmitError {
 }
 
 /// What every handle shares.
-struct Inner {
-    commands: mpsc::Sender<Command>,
-    shared: Arc<Shared>,
-    config: EngineConfig,
-    vocab_size: usize,
-    kv_bytes_per_token: usize,
-    ended: watch::Receiver<()>,
+pub(crate) struct Inner {
+    pub commands: mpsc::Sender<Command>,
+    pub shared: Arc<Shared>,
+    pub config: EngineConfig,
+    pub vocab_size: usize,
+    pub ended: watch::Receiver<()>,
 }
 
 /// The way to the engine's thread; cheap to clone. When the last one is dropped the engine finishes what it has and ends.
@@ -82,15 +82,8 @@ impl std::fmt::Debug for EngineHandle {
 }
 
 impl EngineHandle {
-    pub(crate) fn new(
-        commands: mpsc::Sender<Command>,
-        shared: Arc<Shared>,
-        config: EngineConfig,
-        vocab_size: usize,
-        kv_bytes_per_token: usize,
-        ended: watch::Receiver<()>,
-    ) -> Self {
-        Self { inner: Arc::new(Inner { commands, shared, config, vocab_size, kv_bytes_per_token, ended }) }
+    pub(crate) fn new(inner: Inner) -> Self {
+        Self { inner: Arc::new(inner) }
     }
 
     /// Puts a request into the queue.
@@ -110,9 +103,9 @@ impl EngineHandle {
         if prompt.saturating_add(max_tokens) > limit {
             return Err(SubmitError::ContextTooLong { prompt, max_tokens, limit });
         }
-        let (needed_bytes, budget_bytes) = ((prompt + max_tokens) * self.inner.kv_bytes_per_token, config.kv_budget_bytes);
-        if needed_bytes > budget_bytes {
-            return Err(SubmitError::TooLarge { needed_bytes, budget_bytes });
+        let needed = (prompt + max_tokens).div_ceil(BLOCK_TOKENS);
+        if needed > shared.kv_blocks {
+            return Err(SubmitError::TooLarge { needed_bytes: needed * shared.kv_block_bytes, budget_bytes: shared.kv_blocks * shared.kv_block_bytes });
         }
         self.take_place_in_queue()?;
         let group = Arc::new(SequenceGroup::new(request));

@@ -2,7 +2,7 @@
 
 use crate::logprobs::token_logprobs;
 use crate::sequence::Sequence;
-use evop_model::{BatchCache, Decoder, Device, Result, SequenceCache, Span, Tensor};
+use evop_model::{Decoder, Device, KvPool, Result, Span, Tensor};
 
 /// Rows of logits that prompt scoring holds at a time: bounds memory for large vocabularies.
 const PROMPT_LOGITS_ROWS: usize = 64;
@@ -11,40 +11,44 @@ const PROMPT_LOGITS_ROWS: usize = 64;
 #[cfg(test)]
 pub(crate) type Fault = fn(&[u32]) -> Result<()>;
 
-/// Owns the decoder; all of it happens on the engine's thread.
+/// Owns the decoder and its keys and values; all of it happens on the engine's thread.
 #[derive(Debug)]
 pub(crate) struct ModelRunner {
     decoder: Decoder,
+    pool: KvPool,
     /// Called before every forward pass with its tokens.
     #[cfg(test)]
     pub fault: Option<Fault>,
 }
 
 impl ModelRunner {
-    pub fn new(decoder: Decoder) -> Self {
-        Self {
+    /// With so many blocks of 32 tokens.
+    pub fn new(decoder: Decoder, blocks: usize) -> Result<Self> {
+        Ok(Self {
+            pool: KvPool::new(decoder.config(), decoder.dtype(), decoder.device(), blocks)?,
             decoder,
             #[cfg(test)]
             fault: None,
-        }
+        })
     }
 
     pub fn decoder(&self) -> &Decoder {
         &self.decoder
     }
 
+    /// Blocks of the pool.
+    pub fn blocks(&self) -> usize {
+        self.pool.blocks()
+    }
+
     pub fn device(&self) -> &Device {
         self.decoder.device()
     }
 
-    pub fn new_cache(&self, capacity_tokens: usize) -> SequenceCache {
-        SequenceCache::new(self.decoder.config(), self.decoder.dtype(), self.decoder.device(), capacity_tokens)
-    }
-
     /// One pass over what was scheduled; leaves in each sequence what was sampled for it and its prompt's log probabilities.
-    pub fn step(&self, running: &mut [Sequence]) -> Result<()> {
+    pub fn step(&mut self, running: &mut [Sequence]) -> Result<()> {
         let mut scheduled: Vec<&mut Sequence> = running.iter_mut().filter(|s| s.scheduled > 0).collect();
-        let hidden = self.forward(&mut scheduled)?;
+        let hidden = self.forward(&scheduled)?;
         let mut sampling_rows = Vec::new();
         let mut start = 0;
         for sequence in &mut scheduled {
@@ -69,7 +73,7 @@ impl ModelRunner {
     }
 
     /// [tokens, hidden_size], the sequences packed one after the other.
-    fn forward(&self, scheduled: &mut [&mut Sequence]) -> Result<Tensor> {
+    fn forward(&mut self, scheduled: &[&mut Sequence]) -> Result<Tensor> {
         let tokens: Vec<u32> = scheduled.iter().flat_map(|s| s.scheduled_tokens()).copied().collect();
         #[cfg(test)]
         if let Some(fault) = self.fault {
@@ -77,7 +81,7 @@ impl ModelRunner {
         }
         let spans: Vec<Span> = scheduled.iter().map(|s| s.span()).collect();
         let batch = self.decoder.batch(&spans)?;
-        let mut cache = BatchCache::new(scheduled.iter_mut().map(|s| &mut s.cache).collect());
+        let mut cache = self.pool.paged(scheduled.iter().map(|s| s.table.as_slice()).collect());
         self.decoder.forward(&tokens, &batch, &mut cache)
     }
 

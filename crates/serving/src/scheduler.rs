@@ -1,8 +1,11 @@
 //! Who runs, and which of its tokens come into the next step: continuous batching with chunked prefill, first come first served.
+//!
+//! Sequences take blocks as they grow. When there are none left, whoever came last gives its blocks back and waits, to be computed again later: the
+//! oldest sequence always goes on, so every request ends.
 
+use crate::blocks::Blocks;
 use crate::output::{FinishReason, OutputKind, StepOutput, Usage};
 use crate::sequence::{Sequence, SequenceGroup};
-use evop_model::SequenceCache;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,8 +17,6 @@ use tokio::sync::mpsc::UnboundedSender;
 pub(crate) struct Limits {
     pub max_concurrent: usize,
     pub max_batch_tokens: usize,
-    pub kv_budget_bytes: usize,
-    pub kv_bytes_per_token: usize,
 }
 
 /// A group of which choices `next..n` have no place yet.
@@ -24,6 +25,8 @@ struct Waiting {
     group: Arc<SequenceGroup>,
     output: UnboundedSender<StepOutput>,
     next: usize,
+    /// Choice `next`, once it has been first in the queue and there were no blocks for it.
+    ready: Option<Box<Sequence>>,
 }
 
 /// The queue and the running sequences, in order of arrival.
@@ -31,19 +34,37 @@ struct Waiting {
 pub(crate) struct Scheduler {
     limits: Limits,
     waiting: VecDeque<Waiting>,
+    /// Sequences that had to give their blocks back, in order of arrival: before everyone who waits.
+    preempted: VecDeque<Sequence>,
     pub running: Vec<Sequence>,
-    kv_bytes_used: usize,
+    pub blocks: Blocks,
+    tickets: u64,
     /// Requests that left the queue since [`Self::take_left_queue`].
     left_queue: usize,
+    /// Sequences that had to give way, since the start.
+    pub preemptions: u64,
+    /// Prompt tokens that were looked for among known blocks, and those found, since the start.
+    pub prefix: (u64, u64),
 }
 
 impl Scheduler {
-    pub fn new(limits: Limits) -> Self {
-        Self { limits, waiting: VecDeque::new(), running: Vec::new(), kv_bytes_used: 0, left_queue: 0 }
+    /// Over so many blocks of the pool.
+    pub fn new(limits: Limits, blocks: usize) -> Self {
+        Self {
+            limits,
+            waiting: VecDeque::new(),
+            preempted: VecDeque::new(),
+            running: Vec::new(),
+            blocks: Blocks::new(blocks),
+            tickets: 0,
+            left_queue: 0,
+            preemptions: 0,
+            prefix: (0, 0),
+        }
     }
 
     pub fn has_work(&self) -> bool {
-        !self.waiting.is_empty() || !self.running.is_empty()
+        !self.waiting.is_empty() || !self.running.is_empty() || !self.preempted.is_empty()
     }
 
     /// How many requests left the queue since this was last asked: admitted with all their choices, or withdrawn.
@@ -51,12 +72,8 @@ impl Scheduler {
         std::mem::take(&mut self.left_queue)
     }
 
-    pub fn kv_bytes_used(&self) -> usize {
-        self.kv_bytes_used
-    }
-
     pub fn enqueue(&mut self, group: Arc<SequenceGroup>, output: UnboundedSender<StepOutput>) {
-        self.waiting.push_back(Waiting { group, output, next: 0 });
+        self.waiting.push_back(Waiting { group, output, next: 0, ready: None });
     }
 
     /// Takes out the waiting requests that `leaves` says, each with the number of choices that had no place yet.
@@ -73,49 +90,120 @@ impl Scheduler {
         withdrawn
     }
 
-    /// Gives places to waiting choices while there are some. The first in the queue waits for memory rather than be overtaken.
-    /// Returns choices that their caller stopped before they ran.
-    pub fn admit(&mut self, eos: &[u32], new_cache: impl Fn(usize) -> SequenceCache) -> Vec<Withdrawn> {
+    /// Every sequence that has had a place: running, or waiting for blocks again.
+    pub fn begun(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.running.iter_mut().chain(&mut self.preempted)
+    }
+
+    /// Gives places to waiting choices while there are some, those that had to give way first. The first in the queue waits for blocks rather than be
+    /// overtaken. Returns choices that their caller stopped before they ran.
+    pub fn admit(&mut self, eos: &[u32]) -> Vec<Withdrawn> {
         let mut stopped = Vec::new();
-        while let Some(first) = self.waiting.front_mut() {
-            let (group, index) = (Arc::clone(&first.group), first.next);
-            let capacity = group.capacity_tokens();
-            let bytes = capacity * self.limits.kv_bytes_per_token;
-            if group.stopped[index].load(Relaxed) {
-                stopped.push(Withdrawn { group: Arc::clone(&group), output: first.output.clone(), choices: index..index + 1 });
-            } else if self.running.len() >= self.limits.max_concurrent || self.kv_bytes_used + bytes > self.limits.kv_budget_bytes {
+        while self.running.len() < self.limits.max_concurrent {
+            if let Some(sequence) = self.preempted.pop_front() {
+                if let Some(sequence) = self.place(sequence) {
+                    self.preempted.push_front(sequence);
+                    break;
+                }
+                continue;
+            }
+            let Some(mut first) = self.waiting.pop_front() else { break };
+            if first.group.stopped[first.next].load(Relaxed) {
+                first.ready = None;
+                stopped.push(Withdrawn { group: Arc::clone(&first.group), output: first.output.clone(), choices: first.next..first.next + 1 });
+            } else if self.running.iter().any(|s| Arc::ptr_eq(&s.group, &first.group) && !s.has_read_prompt()) {
+                // its other choices find the prompt's blocks when the first one has filled them
+                self.waiting.push_front(first);
                 break;
             } else {
-                self.kv_bytes_used += bytes;
-                self.running.push(Sequence::new(Arc::clone(&group), index, first.output.clone(), eos, new_cache(capacity), bytes));
+                let sequence = first.ready.take().unwrap_or_else(|| {
+                    self.tickets += 1;
+                    Box::new(Sequence::new(Arc::clone(&first.group), first.next, self.tickets, first.output.clone(), eos))
+                });
+                if let Some(sequence) = self.place(*sequence) {
+                    first.ready = Some(Box::new(sequence));
+                    self.waiting.push_front(first);
+                    break;
+                }
             }
             first.next += 1;
-            if first.next == group.n {
-                self.waiting.pop_front();
+            if first.next < first.group.n {
+                self.waiting.push_front(first);
+            } else {
                 self.left_queue += 1;
             }
         }
         stopped
     }
 
-    /// Shares out the step's tokens: one to each decoding sequence, the rest to prompts in order of arrival. Returns their number.
-    pub fn schedule(&mut self) -> usize {
-        let mut budget = self.limits.max_batch_tokens;
-        for sequence in &mut self.running {
-            sequence.scheduled = usize::from(sequence.is_decoding()).min(budget);
-            budget -= sequence.scheduled;
+    /// Lets a sequence run if there are blocks for all its tokens and the next one, and one for each that runs already; gives it back otherwise.
+    fn place(&mut self, mut sequence: Sequence) -> Option<Sequence> {
+        sequence.find_prefix(&mut self.blocks);
+        if self.blocks.available() < sequence.lacks(sequence.tokens.len() + 1) + self.running.len() && !self.running.is_empty() {
+            sequence.release(&mut self.blocks);
+            return Some(sequence);
         }
-        for sequence in self.running.iter_mut().filter(|s| !s.is_decoding()) {
-            sequence.scheduled = sequence.prompt_remaining().min(budget);
-            budget -= sequence.scheduled;
+        if sequence.group.reuses_prefixes() {
+            self.prefix.0 += sequence.tokens.len() as u64;
+            self.prefix.1 += sequence.computed as u64;
         }
-        self.limits.max_batch_tokens - budget
+        sequence.begin();
+        let at = self.running.partition_point(|s| s.ticket < sequence.ticket);
+        self.running.insert(at, sequence);
+        None
     }
 
-    /// Takes out the sequences that have finished; their part of the budget is free when this returns.
+    /// Shares out the step's tokens: one to each decoding sequence, the rest to prompts in order of arrival, each with the blocks that it needs.
+    /// Returns their number.
+    pub fn schedule(&mut self) -> usize {
+        let mut budget = self.limits.max_batch_tokens;
+        self.running.iter_mut().for_each(|s| s.scheduled = 0);
+        for decoding in [true, false] {
+            let mut at = 0;
+            while at < self.running.len() && budget > 0 {
+                let sequence = &self.running[at];
+                if sequence.is_decoding() != decoding || sequence.scheduled > 0 {
+                    at += 1;
+                    continue;
+                }
+                let wanted = sequence.remaining().min(budget);
+                if self.hold(at, wanted) {
+                    self.running[at].scheduled = wanted;
+                    budget -= wanted;
+                }
+                at += 1;
+            }
+        }
+        self.running.iter().map(|s| s.scheduled).sum()
+    }
+
+    /// Gets the blocks for so many more tokens of the `at`-th running sequence, at the cost of those that came later, in the end its own place.
+    fn hold(&mut self, at: usize, tokens: usize) -> bool {
+        loop {
+            let sequence = &mut self.running[at];
+            let lacking = sequence.lacks(sequence.computed + tokens);
+            if lacking <= self.blocks.available() {
+                sequence.table.extend((0..lacking).filter_map(|_| self.blocks.take()));
+                return true;
+            }
+            let Some(mut last) = self.running.pop() else { return false };
+            last.release(&mut self.blocks);
+            self.preemptions += 1;
+            let before = self.preempted.partition_point(|s| s.ticket < last.ticket);
+            self.preempted.insert(before, last);
+            if self.running.len() == at {
+                return false;
+            }
+        }
+    }
+
+    /// Takes out the sequences that have finished; their blocks are free when this returns.
     pub fn take_finished(&mut self) -> Vec<Sequence> {
-        let finished: Vec<Sequence> = self.running.extract_if(.., |s| s.finished.is_some()).collect();
-        self.kv_bytes_used -= finished.iter().map(|s| s.reserved_bytes).sum::<usize>();
+        let mut finished: Vec<Sequence> = self.running.extract_if(.., |s| s.finished.is_some()).collect();
+        let (ended, waiting): (VecDeque<Sequence>, VecDeque<Sequence>) = std::mem::take(&mut self.preempted).into_iter().partition(|s| s.finished.is_some());
+        self.preempted = waiting;
+        finished.extend(ended);
+        finished.iter_mut().for_each(|s| s.release(&mut self.blocks));
         finished
     }
 }
@@ -144,66 +232,111 @@ impl Withdrawn {
 mod tests {
     use super::*;
     use crate::params::{Request, SamplingParams};
-    use evop_model::{Config, DType, Device};
-    use std::path::Path;
+    use crate::sampler::Sampled;
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-    const LIMITS: Limits = Limits { max_concurrent: 3, max_batch_tokens: 8, kv_budget_bytes: 1000, kv_bytes_per_token: 10 };
+    const LIMITS: Limits = Limits { max_concurrent: 3, max_batch_tokens: 8 };
 
-    fn submit(scheduler: &mut Scheduler, prompt: usize, max_tokens: usize, n: usize) -> UnboundedReceiver<StepOutput> {
+    fn submit(scheduler: &mut Scheduler, prompt: Vec<u32>, max_tokens: usize, n: usize) -> UnboundedReceiver<StepOutput> {
         let params = SamplingParams { max_tokens, ..SamplingParams::default() };
-        let group = Arc::new(SequenceGroup::new(Request { prompt: vec![1; prompt], params, n, request_id: String::new() }));
+        let group = Arc::new(SequenceGroup::new(Request { prompt, params, n, request_id: String::new() }));
         let (output, receiver) = unbounded_channel();
         scheduler.enqueue(group, output);
         receiver
     }
 
     fn admit(scheduler: &mut Scheduler) -> usize {
-        let config = Config::from_json(include_str!("../../../models/tiny/config.json"), Path::new("config.json")).unwrap();
-        scheduler.admit(&[], |capacity| SequenceCache::new(&config, DType::F32, &Device::Cpu, capacity));
+        scheduler.admit(&[]);
         scheduler.running.len()
     }
 
-    fn scheduled(scheduler: &mut Scheduler) -> Vec<usize> {
+    /// A step whose every sample is token 7; what was scheduled for each sequence.
+    fn step(scheduler: &mut Scheduler) -> Vec<usize> {
         scheduler.schedule();
         let scheduled = scheduler.running.iter().map(|s| s.scheduled).collect();
-        // as if the step had run
-        for sequence in &mut scheduler.running {
-            sequence.computed += sequence.scheduled;
+        let Scheduler { running, blocks, .. } = scheduler;
+        for sequence in running.iter_mut().filter(|s| s.scheduled > 0) {
+            sequence.sampled = sequence.samples().then(|| Ok(Sampled { id: 7, logprobs: None }));
+            sequence.advance(&[]);
+            sequence.name_blocks(blocks);
         }
+        scheduler.take_finished();
         scheduled
     }
 
     #[test]
     fn decoding_sequences_come_first_and_prompts_share_the_rest_in_order() {
-        let mut scheduler = Scheduler::new(LIMITS);
-        let _receivers = [submit(&mut scheduler, 5, 4, 1), submit(&mut scheduler, 12, 4, 1), submit(&mut scheduler, 2, 4, 1)];
+        let mut scheduler = Scheduler::new(LIMITS, 100);
+        let _receivers = [5, 12, 2].map(|n| submit(&mut scheduler, vec![1; n], 9, 1));
         assert_eq!(admit(&mut scheduler), 3);
-        assert_eq!(scheduled(&mut scheduler), [5, 3, 0]);
-        assert_eq!(scheduled(&mut scheduler), [1, 7, 0]);
-        assert_eq!(scheduled(&mut scheduler), [1, 2, 2]);
-        assert_eq!(scheduled(&mut scheduler), [1, 1, 1]);
+        assert_eq!(step(&mut scheduler), [5, 3, 0]);
+        assert_eq!(step(&mut scheduler), [1, 7, 0]);
+        assert_eq!(step(&mut scheduler), [1, 2, 2]);
+        assert_eq!(step(&mut scheduler), [1, 1, 1]);
     }
 
     #[test]
-    fn the_first_in_the_queue_waits_for_memory_and_is_not_overtaken() {
-        let mut scheduler = Scheduler::new(LIMITS);
-        let _receivers = [submit(&mut scheduler, 50, 10, 1), submit(&mut scheduler, 40, 1, 1), submit(&mut scheduler, 1, 1, 1)];
+    fn the_first_in_the_queue_waits_for_blocks_and_is_not_overtaken() {
+        let mut scheduler = Scheduler::new(Limits { max_batch_tokens: 64, ..LIMITS }, 4);
+        let _receivers = [submit(&mut scheduler, vec![1; 60], 2, 1), submit(&mut scheduler, vec![2; 40], 1, 1), submit(&mut scheduler, vec![3], 1, 1)];
         assert_eq!(admit(&mut scheduler), 1);
-        assert_eq!(scheduler.kv_bytes_used(), 600);
-        scheduler.running[0].finished = Some(FinishReason::Stop);
-        assert_eq!(scheduler.take_finished().len(), 1);
-        assert_eq!(scheduler.kv_bytes_used(), 0);
+        assert_eq!((step(&mut scheduler), scheduler.blocks.held()), (vec![60], 2));
+        assert_eq!(admit(&mut scheduler), 1, "two blocks, and one for the sequence that runs");
+        step(&mut scheduler);
+        assert_eq!(scheduler.blocks.held(), 0);
         assert_eq!(admit(&mut scheduler), 2);
         assert_eq!(scheduler.take_left_queue(), 3);
     }
 
     #[test]
-    fn choices_are_admitted_one_by_one_and_the_request_waits_until_the_last() {
-        let mut scheduler = Scheduler::new(LIMITS);
-        let _receiver = submit(&mut scheduler, 1, 1, 4);
+    fn who_came_last_gives_way_and_comes_back_with_what_it_made() {
+        // 3 blocks: both prompts fit, but not both answers
+        let mut scheduler = Scheduler::new(Limits { max_batch_tokens: 64, ..LIMITS }, 3);
+        let _first = submit(&mut scheduler, vec![1; 20], 60, 1);
+        let mut second = submit(&mut scheduler, vec![2; 10], 30, 1);
+        assert_eq!(admit(&mut scheduler), 2);
+        let mut steps = 0;
+        while scheduler.has_work() {
+            steps += 1;
+            assert!(steps < 200, "it goes on");
+            admit(&mut scheduler);
+            step(&mut scheduler);
+        }
+        assert!(scheduler.preemptions > 0);
+        assert_eq!(scheduler.blocks.held(), 0);
+        let tokens = std::iter::from_fn(|| second.try_recv().ok()).filter(|o| matches!(o.kind, OutputKind::Token { .. })).count();
+        assert_eq!(tokens, 30, "each token is sent once");
+    }
+
+    #[test]
+    fn a_prompt_that_was_computed_before_is_not_computed_again() {
+        let mut scheduler = Scheduler::new(Limits { max_batch_tokens: 200, ..LIMITS }, 20);
+        let prompt: Vec<u32> = (0..100).collect();
+        let _first = submit(&mut scheduler, prompt.clone(), 1, 1);
+        admit(&mut scheduler);
+        assert_eq!(step(&mut scheduler), [100]);
+        // three whole blocks; of a prompt of whole blocks the last one is computed again, for its last token
+        let _second = submit(&mut scheduler, prompt.clone(), 1, 1);
+        admit(&mut scheduler);
+        assert_eq!(step(&mut scheduler), [4]);
+        let _third = submit(&mut scheduler, prompt[..96].to_vec(), 1, 1);
+        admit(&mut scheduler);
+        assert_eq!(step(&mut scheduler), [32]);
+        assert_eq!(scheduler.prefix, (296, 96 + 64));
+    }
+
+    #[test]
+    fn choices_wait_for_the_first_ones_prompt_and_the_request_until_the_last() {
+        let mut scheduler = Scheduler::new(Limits { max_batch_tokens: 40, ..LIMITS }, 20);
+        let _receiver = submit(&mut scheduler, (0..70).collect(), 50, 4);
+        assert_eq!(admit(&mut scheduler), 1);
+        step(&mut scheduler);
+        assert_eq!(admit(&mut scheduler), 1);
+        step(&mut scheduler);
         assert_eq!(admit(&mut scheduler), 3);
         assert_eq!(scheduler.take_left_queue(), 0);
+        assert_eq!(step(&mut scheduler), [1, 6, 6], "two blocks of the prompt are there");
+        assert_eq!(scheduler.blocks.held(), 2 + 3);
         scheduler.running[0].finished = Some(FinishReason::Stop);
         scheduler.take_finished();
         assert_eq!(admit(&mut scheduler), 3);
@@ -213,9 +346,9 @@ mod tests {
 
     #[test]
     fn a_request_whose_receiver_is_gone_leaves_the_queue() {
-        let mut scheduler = Scheduler::new(LIMITS);
-        drop(submit(&mut scheduler, 1, 1, 2));
-        let _kept = submit(&mut scheduler, 1, 1, 1);
+        let mut scheduler = Scheduler::new(LIMITS, 10);
+        drop(submit(&mut scheduler, vec![1], 1, 2));
+        let _kept = submit(&mut scheduler, vec![1], 1, 1);
         let withdrawn = scheduler.withdraw(UnboundedSender::is_closed);
         assert_eq!((withdrawn.len(), withdrawn[0].choices.clone()), (1, 0..2));
         assert_eq!(admit(&mut scheduler), 1);

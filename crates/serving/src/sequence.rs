@@ -3,7 +3,8 @@
 use crate::output::{FinishReason, OutputKind, StepOutput, TokenLogprobs, Usage};
 use crate::params::{Request, SamplingParams};
 use crate::sampler::{Sampled, Sampler};
-use evop_model::{SequenceCache, Span};
+use crate::blocks::{Blocks, START};
+use evop_model::{BLOCK_TOKENS, Span};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -28,24 +29,27 @@ impl SequenceGroup {
         Self { request_id, prompt, params: Arc::new(params), n, arrived: Instant::now(), stopped }
     }
 
-    /// Tokens that one choice may come to hold in the cache.
-    pub fn capacity_tokens(&self) -> usize {
-        self.prompt.len() + self.params.max_tokens
+    /// Whether its prompt may be taken from what other requests left: not if every token of it is to be scored.
+    pub fn reuses_prefixes(&self) -> bool {
+        self.params.prompt_logprobs.is_none()
     }
 }
 
-/// One choice that has a place in the batch.
+/// One choice that has had a place in the batch.
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub group: Arc<SequenceGroup>,
     /// The choice.
     pub index: usize,
-    pub cache: SequenceCache,
-    /// Bytes of the budget that are this sequence's until it ends.
-    pub reserved_bytes: usize,
+    /// When it came, among all sequences: who came last gives way first.
+    pub ticket: u64,
+    /// Blocks of the pool: the j-th holds tokens 32 j .. 32 (j + 1).
+    pub table: Vec<u32>,
+    /// Full blocks of the table that are known, and the content of the last of them.
+    named: (usize, u64),
     pub sampler: Sampler,
-    /// Tokens made so far.
-    pub generated: Vec<u32>,
+    /// The prompt and what was made so far.
+    pub tokens: Vec<u32>,
     /// Tokens whose keys and values are in the cache.
     pub computed: usize,
     /// Tokens of the current step.
@@ -55,37 +59,94 @@ pub(crate) struct Sequence {
     /// Of the prompt's tokens computed so far, if they were asked for.
     pub prompt_logprobs: Vec<Option<TokenLogprobs>>,
     pub finished: Option<FinishReason>,
+    /// Prompt tokens that were there when it first ran.
+    cached: Option<usize>,
+    /// The whole prompt has been computed, at least once.
+    prompt_read: bool,
     queued: Duration,
     output: UnboundedSender<StepOutput>,
 }
 
 impl Sequence {
-    pub fn new(group: Arc<SequenceGroup>, index: usize, output: UnboundedSender<StepOutput>, eos: &[u32], cache: SequenceCache, reserved_bytes: usize) -> Self {
+    pub fn new(group: Arc<SequenceGroup>, index: usize, ticket: u64, output: UnboundedSender<StepOutput>, eos: &[u32]) -> Self {
         Self {
             sampler: Sampler::new(Arc::clone(&group.params), &group.prompt, eos, index),
             index,
-            cache,
-            reserved_bytes,
-            generated: Vec::new(),
+            ticket,
+            table: Vec::new(),
+            named: (0, START),
+            tokens: group.prompt.clone(),
             computed: 0,
             scheduled: 0,
             sampled: None,
             prompt_logprobs: Vec::new(),
             finished: None,
-            queued: group.arrived.elapsed(),
+            cached: None,
+            prompt_read: false,
+            queued: Duration::ZERO,
             output,
             group,
         }
     }
 
-    /// The prompt is in the cache: every further step makes one token.
-    pub fn is_decoding(&self) -> bool {
-        self.computed >= self.group.prompt.len()
+    /// Takes the blocks that are known already. The last token is always computed: what comes after it is sampled from it.
+    pub fn find_prefix(&mut self, blocks: &mut Blocks) {
+        if self.group.reuses_prefixes() {
+            let (table, content) = blocks.find(&self.tokens[..self.tokens.len() - 1]);
+            self.computed = table.len() * BLOCK_TOKENS;
+            self.named = (table.len(), content);
+            self.table = table;
+        }
     }
 
-    /// Prompt tokens that are not in the cache yet.
-    pub fn prompt_remaining(&self) -> usize {
-        self.group.prompt.len().saturating_sub(self.computed)
+    /// It has a place from now on.
+    pub fn begin(&mut self) {
+        if self.cached.is_none() {
+            self.cached = Some(self.computed);
+            self.queued = self.group.arrived.elapsed();
+        }
+    }
+
+    /// Gives all blocks back; everything has to be computed again, unless it is found again.
+    pub fn release(&mut self, blocks: &mut Blocks) {
+        blocks.release(&std::mem::take(&mut self.table));
+        self.named = (0, START);
+        (self.computed, self.scheduled) = (0, 0);
+        if !self.prompt_read {
+            self.prompt_logprobs.clear();
+        }
+    }
+
+    /// Makes the blocks known that have become full.
+    pub fn name_blocks(&mut self, blocks: &mut Blocks) {
+        let full = self.tokens[..self.computed].as_chunks::<BLOCK_TOKENS>().0;
+        for (block, tokens) in self.table.iter().zip(full).skip(self.named.0) {
+            self.named = (self.named.0 + 1, blocks.name(*block, self.named.1, tokens));
+        }
+    }
+
+    /// Blocks that it lacks to hold so many tokens.
+    pub fn lacks(&self, tokens: usize) -> usize {
+        tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.table.len())
+    }
+
+    /// Tokens that are not in the cache yet.
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Every further step makes one token: all but the token made last is in the cache.
+    pub fn is_decoding(&self) -> bool {
+        self.tokens.len() > self.group.prompt.len() && self.remaining() == 1
+    }
+
+    /// Whether the prompt has been computed once.
+    pub fn has_read_prompt(&self) -> bool {
+        self.prompt_read
+    }
+
+    fn generated(&self) -> usize {
+        self.tokens.len() - self.group.prompt.len()
     }
 
     /// The current step's place in the sequence.
@@ -95,22 +156,17 @@ impl Sequence {
 
     /// The current step's tokens.
     pub fn scheduled_tokens(&self) -> &[u32] {
-        if self.is_decoding() {
-            let start = self.computed - self.group.prompt.len();
-            &self.generated[start..start + self.scheduled]
-        } else {
-            &self.group.prompt[self.computed..self.computed + self.scheduled]
-        }
+        &self.tokens[self.computed..self.computed + self.scheduled]
     }
 
-    /// Whether a token is sampled from the current step's last row: the rest of the prompt is in it, or it decodes.
+    /// Whether a token is sampled from the current step's last row: nothing is left after it.
     pub fn samples(&self) -> bool {
-        self.scheduled > 0 && self.computed + self.scheduled >= self.group.prompt.len() && self.group.params.max_tokens > 0
+        self.scheduled > 0 && self.scheduled == self.remaining() && self.group.params.max_tokens > 0
     }
 
-    /// How many alternatives every prompt token of this step needs; only the first choice reports them.
+    /// How many alternatives every prompt token of this step needs; only the first choice reports them, once.
     pub fn prompt_logprobs_wanted(&self) -> Option<usize> {
-        self.group.params.prompt_logprobs.filter(|_| self.index == 0 && self.scheduled > 0 && !self.is_decoding())
+        self.group.params.prompt_logprobs.filter(|_| self.index == 0 && self.scheduled > 0 && !self.prompt_read)
     }
 
     pub fn is_abandoned(&self) -> bool {
@@ -124,11 +180,11 @@ impl Sequence {
 
     /// Takes over what the current step made: sends it, and notes whether it was the last. Returns the tokens that are new.
     pub fn advance(&mut self, eos: &[u32]) -> Advanced {
-        let was_decoding = self.is_decoding();
         self.computed += self.scheduled;
         self.scheduled = 0;
         let mut advanced = Advanced::default();
-        if !was_decoding && self.is_decoding() {
+        if !self.prompt_read && self.computed >= self.group.prompt.len() {
+            self.prompt_read = true;
             if self.index == 0 {
                 advanced.prompt_tokens = self.group.prompt.len();
                 if self.group.params.prompt_logprobs.is_some() {
@@ -142,7 +198,7 @@ impl Sequence {
         }
         match self.sampled.take() {
             Some(Ok(Sampled { id, logprobs })) => {
-                self.generated.push(id);
+                self.tokens.push(id);
                 self.finished = self.ended_by(id, eos);
                 let is_stop = matches!(self.finished, Some(FinishReason::Stop | FinishReason::StopToken(_)));
                 self.send(OutputKind::Token { id, logprobs, is_stop });
@@ -157,7 +213,7 @@ impl Sequence {
     /// Whether the token just made ends the sequence.
     fn ended_by(&self, id: u32, eos: &[u32]) -> Option<FinishReason> {
         let params = &self.group.params;
-        if self.generated.len() > params.min_tokens {
+        if self.generated() > params.min_tokens {
             if params.stop_token_ids.contains(&id) {
                 return Some(FinishReason::StopToken(id));
             }
@@ -165,13 +221,13 @@ impl Sequence {
                 return Some(FinishReason::Stop);
             }
         }
-        (self.generated.len() >= params.max_tokens).then_some(FinishReason::Length)
+        (self.generated() >= params.max_tokens).then_some(FinishReason::Length)
     }
 
     /// Sends the choice's last message, if it has finished.
     pub fn send_finished(&self) {
         let Some(reason) = self.finished.clone() else { return };
-        let usage = Usage { prompt_tokens: self.group.prompt.len(), cached_tokens: 0, completion_tokens: self.generated.len() };
+        let usage = Usage { prompt_tokens: self.group.prompt.len(), cached_tokens: self.cached.unwrap_or(0), completion_tokens: self.generated() };
         self.send(OutputKind::Finished { reason, usage, queued: self.queued });
     }
 

@@ -7,14 +7,22 @@ use std::time::{Duration, Instant};
 /// A snapshot of the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineStats {
-    /// Sequences (choices) that have a place in the batch.
+    /// Sequences (choices) that have a place in the batch, or had one and wait for memory.
     pub running: usize,
     /// Requests of which at least one choice still waits for a place.
     pub waiting: usize,
-    /// Bytes of key/value cache reserved by the running sequences.
-    pub kv_bytes_used: usize,
-    /// Bytes that may be reserved.
-    pub kv_bytes_budget: usize,
+    /// Blocks of 32 tokens that running sequences hold.
+    pub kv_blocks_used: usize,
+    /// All blocks.
+    pub kv_blocks: usize,
+    /// Bytes of one block, in all layers.
+    pub kv_block_bytes: usize,
+    /// Sequences that had to give their blocks back and be computed again, since the start.
+    pub preemptions: u64,
+    /// Prompt tokens that were looked for among what other requests left, since the start.
+    pub prefix_queries: u64,
+    /// Those of them that were there.
+    pub prefix_hits: u64,
     /// Prompt tokens read since the start; a prompt counts once whatever its `n`.
     pub prompt_tokens_total: u64,
     /// Tokens made since the start.
@@ -44,10 +52,14 @@ pub struct FinishedRequests {
 #[derive(Debug)]
 pub(crate) struct Shared {
     started: Instant,
-    kv_bytes_budget: usize,
+    pub kv_blocks: usize,
+    pub kv_block_bytes: usize,
     pub running: AtomicUsize,
     pub waiting: AtomicUsize,
-    pub kv_bytes_used: AtomicUsize,
+    pub kv_blocks_used: AtomicUsize,
+    pub preemptions: AtomicU64,
+    pub prefix_queries: AtomicU64,
+    pub prefix_hits: AtomicU64,
     pub prompt_tokens: AtomicU64,
     pub generation_tokens: AtomicU64,
     pub steps: AtomicU64,
@@ -62,13 +74,17 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub fn new(kv_bytes_budget: usize) -> Self {
+    pub fn new(kv_blocks: usize, kv_block_bytes: usize) -> Self {
         Self {
             started: Instant::now(),
-            kv_bytes_budget,
+            kv_blocks,
+            kv_block_bytes,
             running: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
-            kv_bytes_used: AtomicUsize::new(0),
+            kv_blocks_used: AtomicUsize::new(0),
+            preemptions: AtomicU64::new(0),
+            prefix_queries: AtomicU64::new(0),
+            prefix_hits: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
             generation_tokens: AtomicU64::new(0),
             steps: AtomicU64::new(0),
@@ -85,8 +101,12 @@ impl Shared {
         EngineStats {
             running: self.running.load(Relaxed),
             waiting: self.waiting.load(Relaxed),
-            kv_bytes_used: self.kv_bytes_used.load(Relaxed),
-            kv_bytes_budget: self.kv_bytes_budget,
+            kv_blocks_used: self.kv_blocks_used.load(Relaxed),
+            kv_blocks: self.kv_blocks,
+            kv_block_bytes: self.kv_block_bytes,
+            preemptions: self.preemptions.load(Relaxed),
+            prefix_queries: self.prefix_queries.load(Relaxed),
+            prefix_hits: self.prefix_hits.load(Relaxed),
             prompt_tokens_total: self.prompt_tokens.load(Relaxed),
             generation_tokens_total: self.generation_tokens.load(Relaxed),
             steps: self.steps.load(Relaxed),

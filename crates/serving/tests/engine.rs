@@ -38,9 +38,9 @@ fn prompt(text: &str) -> Vec<u32> {
     CHECKPOINT.encode(text, true).unwrap()
 }
 
-/// Bytes of cache that a token takes.
-fn kv_bytes_per_token() -> usize {
-    DECODER.config().kv_bytes_per_token(4)
+/// Bytes of cache that a block of 32 tokens takes.
+fn block_bytes() -> usize {
+    32 * DECODER.config().kv_bytes_per_token(4)
 }
 
 /// Everything that came of one choice.
@@ -147,7 +147,8 @@ fn a_pruned_decoder_makes_the_tokens_of_its_plain_forward_pass() {
         let best: u32 = logits.argmax(1).unwrap().to_vec1().unwrap()[0];
         assert_eq!(id, best);
         // 24 key/value groups, of which 5 are gone
-        assert!(engine.stats().kv_bytes_used <= (5 + 12) * kv_bytes_per_token() * 19 / 24);
+        let stats = engine.stats();
+        assert!(stats.kv_blocks_used <= 1 && stats.kv_block_bytes == block_bytes() * 19 / 24);
         tokens.push(id);
     }
     assert_eq!(tokens.len(), 5 + 12);
@@ -161,7 +162,7 @@ fn more_requests_than_places_all_finish_in_turn() {
         assert_eq!(collect(stream, 1)[0].end.as_ref().unwrap().0, FinishReason::Length);
     }
     let stats = engine.stats();
-    assert_eq!((stats.running, stats.waiting, stats.kv_bytes_used), (0, 0, 0));
+    assert_eq!((stats.running, stats.waiting, stats.kv_blocks_used), (0, 0, 0));
     assert_eq!((stats.prompt_tokens_total, stats.generation_tokens_total, stats.finished.length), (200, 160, 20));
     assert!(stats.steps > 0);
 }
@@ -171,9 +172,9 @@ fn a_dropped_stream_gives_its_memory_back() {
     let engine = start(defaults());
     let mut stream = engine.submit(request(prompt("Once"), greedy(900))).unwrap();
     stream.blocking_next().unwrap();
-    assert_eq!(engine.stats().kv_bytes_used, (prompt("Once").len() + 900) * kv_bytes_per_token());
+    assert!((1..=29).contains(&engine.stats().kv_blocks_used));
     drop(stream);
-    eventually("memory comes back", || engine.stats().kv_bytes_used == 0);
+    eventually("memory comes back", || engine.stats().kv_blocks_used == 0);
     let stats = engine.stats();
     assert_eq!((stats.running, stats.finished.cancelled), (0, 1));
     assert!(stats.generation_tokens_total < 900);
@@ -207,20 +208,47 @@ fn a_full_queue_refuses_and_says_when_to_come_back() {
 }
 
 #[test]
-fn memory_is_reserved_before_a_sequence_runs() {
-    let per_token = kv_bytes_per_token();
-    let engine = start(EngineConfig { kv_budget_bytes: 150 * per_token, ..defaults() });
-    let mut first = engine.submit(request(vec![1; 10], greedy(90))).unwrap();
-    first.blocking_next().unwrap();
-    let second = engine.submit(request(vec![1; 10], greedy(90))).unwrap();
+fn sequences_that_outgrow_the_memory_take_turns_and_make_the_tokens_that_they_make_alone() {
+    let params = |seed| SamplingParams { temperature: 0.8, seed: Some(seed), logprobs: Some(1), ..greedy(90) };
+    let starts: Vec<Vec<u32>> = (0..6).map(|i| prompt(&"It was a dark night and the wind came from the sea. ".repeat(i + 1))[i..].to_vec()).collect();
+    let roomy = start(defaults());
+    let alone: Vec<Choice> = starts.iter().zip(0..).map(|(p, seed)| run(&roomy, p.clone(), params(seed))).collect();
+    // enough for the longest alone, not for two
+    let blocks = 1 + (starts[5].len() + 90) / 32;
+    let engine = start(EngineConfig { kv_budget_bytes: blocks * block_bytes(), max_batch_tokens: 40, ..defaults() });
+    let streams: Vec<RequestStream> = starts.iter().zip(0..).map(|(p, seed)| engine.submit(request(p.clone(), params(seed))).unwrap()).collect();
+    for (found, alone) in streams.into_iter().map(|s| collect(s, 1).remove(0)).zip(&alone) {
+        assert_eq!((&found.tokens, &found.logprobs), (&alone.tokens, &alone.logprobs));
+    }
     let stats = engine.stats();
-    assert_eq!((stats.running, stats.waiting, stats.kv_bytes_used, stats.kv_bytes_budget), (1, 1, 100 * per_token, 150 * per_token));
-    assert_eq!(collect(second, 1)[0].tokens.len(), 90);
+    assert!(stats.preemptions > 0);
+    assert_eq!((stats.running, stats.kv_blocks_used, stats.kv_blocks), (0, 0, blocks));
     assert_eq!(
-        engine.submit(request(vec![1; 10], greedy(141))).unwrap_err(),
-        SubmitError::TooLarge { needed_bytes: 151 * per_token, budget_bytes: 150 * per_token }
+        engine.submit(request(vec![1; 10], greedy(32 * blocks))).unwrap_err(),
+        SubmitError::TooLarge { needed_bytes: (blocks + 1) * block_bytes(), budget_bytes: blocks * block_bytes() }
     );
-    drop(first);
+}
+
+#[test]
+fn a_prompt_that_begins_like_an_earlier_one_is_read_from_there_on_and_answered_alike() {
+    let long = prompt(&"The captain looked at the map and said that they would sail at dawn. ".repeat(12));
+    let engine = start(defaults());
+    let cold = run(&engine, long.clone(), SamplingParams { logprobs: Some(2), ..greedy(20) });
+    assert_eq!(cold.end.as_ref().unwrap().1.cached_tokens, 0);
+    let before = engine.stats();
+    let warm = run(&engine, long.clone(), SamplingParams { logprobs: Some(2), ..greedy(20) });
+    let known = (long.len() - 1) / 32 * 32;
+    assert_eq!(warm.end.as_ref().unwrap().1, Usage { prompt_tokens: long.len(), cached_tokens: known, completion_tokens: 20 });
+    assert_eq!((&warm.tokens, &warm.logprobs), (&cold.tokens, &cold.logprobs), "bit for bit");
+    let after = engine.stats();
+    assert_eq!((after.prefix_queries - before.prefix_queries, after.prefix_hits - before.prefix_hits), (long.len() as u64, known as u64));
+    // answers are known too: the next turn of a conversation reads only what is new
+    let next = [long.clone(), cold.tokens.clone(), prompt("He went on deck")].concat();
+    let turn = run(&engine, next.clone(), greedy(4));
+    assert_eq!(turn.end.unwrap().1.cached_tokens, (long.len() + 19) / 32 * 32);
+    // scoring a prompt computes every token of it
+    let scored = run(&engine, long.clone(), SamplingParams { prompt_logprobs: Some(0), ..greedy(1) });
+    assert_eq!((scored.prompt_logprobs.unwrap().len(), scored.end.unwrap().1.cached_tokens), (long.len(), 0));
 }
 
 #[test]

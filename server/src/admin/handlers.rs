@@ -226,7 +226,8 @@ fn described(served: &Served) -> Value {
         "model": served.id, "root": served.root, "parent": served.parent, "alive": served.engine.is_alive(),
         "running": stats.running, "waiting": stats.waiting, "steps": stats.steps,
         "seconds_since_step": Instant::now().saturating_duration_since(stats.last_step).as_secs_f64(),
-        "kv_bytes_used": stats.kv_bytes_used, "kv_bytes_budget": stats.kv_bytes_budget,
+        "kv_blocks_used": stats.kv_blocks_used, "kv_blocks": stats.kv_blocks, "kv_block_bytes": stats.kv_block_bytes, "preemptions": stats.preemptions,
+        "prefix_cache": {"queries": stats.prefix_queries, "hits": stats.prefix_hits},
         "prompt_tokens": stats.prompt_tokens_total, "generation_tokens": stats.generation_tokens_total,
         "finished": {"stop": stats.finished.stop, "length": stats.finished.length, "cancelled": stats.finished.cancelled, "error": stats.finished.error},
         "limits": {

@@ -5,7 +5,7 @@ use crate::models::ModelSource;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use evop_model::device::compute_dtype;
-use evop_model::{BatchCache, Config, Decoder, SequenceCache, Span};
+use evop_model::{Config, Decoder, FixedCache, PagedCache, Span};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -177,15 +177,15 @@ fn token(i: usize, config: &Config) -> u32 {
 /// New tokens a second over all of `sequences` at once, after prompts that aren't timed.
 pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
     let config = decoder.config();
-    let mut caches: Vec<SequenceCache> = (0..sequences).map(|_| SequenceCache::new(config, decoder.dtype(), decoder.device(), prompt + tokens)).collect();
+    let mut cache = FixedCache::new(config, decoder.dtype(), decoder.device(), &vec![prompt + tokens; sequences])?;
     let mut next = Vec::with_capacity(sequences);
-    for (s, cache) in caches.iter_mut().enumerate() {
+    for s in 0..sequences {
         let ids: Vec<u32> = (0..prompt).map(|i| token(i + 31 * s, config)).collect();
-        next.extend(step(decoder, &ids, &[Span { past: 0, len: prompt }], vec![cache])?);
+        next.extend(step(decoder, &ids, &[Span { past: 0, len: prompt }], cache.of([s]))?);
     }
     let started = Instant::now();
     for past in prompt..prompt + tokens {
-        next = step(decoder, &next, &vec![Span { past, len: 1 }; sequences], caches.iter_mut().collect())?;
+        next = step(decoder, &next, &vec![Span { past, len: 1 }; sequences], cache.of(0..sequences))?;
     }
     Ok((sequences * tokens) as f64 / started.elapsed().as_secs_f64())
 }
@@ -193,18 +193,18 @@ pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize)
 /// Prompt tokens a second of one sequence, to its first new token.
 fn prefill(decoder: &Decoder, length: usize) -> Result<f64> {
     let config = decoder.config();
-    let mut cache = SequenceCache::new(config, decoder.dtype(), decoder.device(), length);
+    let mut cache = FixedCache::new(config, decoder.dtype(), decoder.device(), &[length])?;
     let ids: Vec<u32> = (0..length).map(|i| token(i, config)).collect();
     let started = Instant::now();
-    step(decoder, &ids, &[Span { past: 0, len: length }], vec![&mut cache])?;
+    step(decoder, &ids, &[Span { past: 0, len: length }], cache.of([0]))?;
     Ok(length as f64 / started.elapsed().as_secs_f64())
 }
 
 /// One pass, and the most likely token after each span.
-fn step(decoder: &Decoder, tokens: &[u32], spans: &[Span], caches: Vec<&mut SequenceCache>) -> Result<Vec<u32>> {
+fn step(decoder: &Decoder, tokens: &[u32], spans: &[Span], mut cache: PagedCache<'_>) -> Result<Vec<u32>> {
     Ok(decoder.device().with_context(|| -> evop_model::Result<Vec<u32>> {
         let batch = decoder.batch(spans)?;
-        let hidden = decoder.forward(tokens, &batch, &mut BatchCache::new(caches))?;
+        let hidden = decoder.forward(tokens, &batch, &mut cache)?;
         let last: Vec<u32> = spans.iter().scan(0, |end, span| Some((*end += span.len, *end as u32 - 1).1)).collect();
         let index = evop_model::Tensor::from_slice(&last, last.len(), decoder.device())?;
         Ok(decoder.logits(&hidden.index_select(&index, 0)?)?.argmax(1)?.to_vec1::<u32>()?)

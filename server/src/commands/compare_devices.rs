@@ -3,7 +3,7 @@
 use super::model_args::{ModelArgs, bundled_held_out};
 use anyhow::{Result, bail};
 use clap::Args;
-use evop_model::{BatchCache, DType, Decoder, Device, NoCache, SequenceCache, Span};
+use evop_model::{DType, Decoder, Device, FixedCache, NoCache, Span};
 use serde_json::json;
 
 /// Options of `evop compare-devices`.
@@ -60,11 +60,11 @@ fn logits(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
 }
 
 fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
-    let mut cache = SequenceCache::new(decoder.config(), decoder.dtype(), decoder.device(), prompt.len() + count);
+    let mut cache = FixedCache::new(decoder.config(), decoder.dtype(), decoder.device(), &[prompt.len() + count])?;
     let (mut next, mut past, mut generated) = (prompt.to_vec(), 0, Vec::new());
     while generated.len() < count {
         let batch = decoder.batch(&[Span { past, len: next.len() }])?;
-        let hidden = decoder.forward(&next, &batch, &mut BatchCache::new(vec![&mut cache]))?;
+        let hidden = decoder.forward(&next, &batch, &mut cache.of([0]))?;
         let token = decoder.logits(&hidden.narrow(0, next.len() - 1, 1)?)?.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
         past += next.len();
         next = vec![token];

@@ -6,23 +6,60 @@ use super::{SharedOut, with_slice};
 use crate::Result;
 use crate::attention::AttentionSpec;
 use crate::batch::Span;
+use crate::cache::BLOCK_TOKENS;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// Query positions that one task handles together.
 const QUERY_TILE: usize = 16;
 
-/// One sequence's keys and values, [span.past + span.len, kv_groups, d] each.
-pub(crate) struct Rows<'a> {
-    pub k: &'a [f32],
-    pub v: &'a [f32],
+/// Where the keys or the values of one sequence lie.
+#[derive(Clone, Copy)]
+pub(crate) enum Lines<'a> {
+    /// One after the other: [tokens, kv_groups, d].
+    Packed(&'a [f32]),
+    /// In blocks: [blocks][groups][32][d], of which the table names the sequence's.
+    Blocks { data: &'a [f32], table: &'a [u32], groups: usize },
+}
+
+impl<'a> Lines<'a> {
+    /// The rows of a group at positions `from..to` (absolute), in runs of (first position, rows, number).
+    fn runs(self, spec: &AttentionSpec, group: usize, from: usize, to: usize) -> impl Iterator<Item = (usize, RowMajor, usize)> + 'a {
+        let (d, kv_groups) = (spec.head_dim, spec.kv_groups);
+        let longest = match self {
+            Self::Packed(_) => usize::MAX,
+            Self::Blocks { .. } => BLOCK_TOKENS,
+        };
+        let mut at = from;
+        std::iter::from_fn(move || {
+            if at >= to {
+                return None;
+            }
+            let count = (longest - at % longest).min(to - at);
+            let rows = match self {
+                Self::Packed(data) => RowMajor { data: data[(at * kv_groups + group) * d..][..((count - 1) * kv_groups + 1) * d].as_ptr(), stride: kv_groups * d },
+                Self::Blocks { data, table, groups } => {
+                    let first = (table[at / BLOCK_TOKENS] as usize * groups + group) * BLOCK_TOKENS + at % BLOCK_TOKENS;
+                    RowMajor { data: data[first * d..(first + count) * d].as_ptr(), stride: d }
+                }
+            };
+            at += count;
+            Some((at - count, rows, count))
+        })
+    }
+}
+
+/// One sequence's keys and values, of span.past + span.len tokens.
+pub(crate) struct Sequence<'a> {
+    pub k: Lines<'a>,
+    pub v: Lines<'a>,
     pub span: Span,
 }
 
 /// One sequence, everything in tensors.
 pub(crate) fn attend_tensors(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, past: usize) -> Result<Tensor> {
     let span = Span { past, len: q.dim(0)? };
-    with_slice(k, |k| with_slice(v, |v| attend_rows(spec, q, &[Rows { k, v, span }])))??
+    with_slice(k, |k| with_slice(v, |v| attend(spec, q, &[Sequence { k: Lines::Packed(k), v: Lines::Packed(v), span }])))??
 }
 
 /// Sequences without a past whose keys and values are packed like the queries.
@@ -31,21 +68,21 @@ pub(crate) fn attend_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Te
     with_slice(k, |k| {
         with_slice(v, |v| {
             let mut start = 0;
-            let rows: Vec<Rows<'_>> = spans
+            let sequences: Vec<Sequence<'_>> = spans
                 .iter()
                 .map(|span| {
                     let range = start * width..(start + span.len) * width;
                     start += span.len;
-                    Rows { k: &k[range.clone()], v: &v[range], span: Span::prompt(span.len) }
+                    Sequence { k: Lines::Packed(&k[range.clone()]), v: Lines::Packed(&v[range]), span: Span::prompt(span.len) }
                 })
                 .collect();
-            attend_rows(spec, q, &rows)
+            attend(spec, q, &sequences)
         })
     })??
 }
 
 /// q [tokens, heads, d] of all sequences packed -> [tokens, heads * d].
-pub(crate) fn attend_rows(spec: &AttentionSpec, q: &Tensor, sequences: &[Rows<'_>]) -> Result<Tensor> {
+pub(crate) fn attend(spec: &AttentionSpec, q: &Tensor, sequences: &[Sequence<'_>]) -> Result<Tensor> {
     let tokens = q.dim(0)?;
     let width = spec.heads() * spec.head_dim;
     let mut out = vec![0f32; tokens * width];
@@ -53,11 +90,11 @@ pub(crate) fn attend_rows(spec: &AttentionSpec, q: &Tensor, sequences: &[Rows<'_
     // (sequence, group, first query, packed row of the first query)
     let mut tasks = Vec::new();
     let mut row = 0;
-    for (s, rows) in sequences.iter().enumerate() {
-        for first in (0..rows.span.len).step_by(QUERY_TILE) {
+    for (s, sequence) in sequences.iter().enumerate() {
+        for first in (0..sequence.span.len).step_by(QUERY_TILE) {
             tasks.extend((0..spec.kv_groups).map(|group| (s, group, first, row + first)));
         }
-        row += rows.span.len;
+        row += sequence.span.len;
     }
     with_slice(q, |q| {
         let run = |&(s, group, first, row): &(usize, usize, usize, usize)| {
@@ -71,10 +108,10 @@ pub(crate) fn attend_rows(spec: &AttentionSpec, q: &Tensor, sequences: &[Rows<'_
 
 /// `queries` positions from `first`, all heads of one group, into rows `row..` of the output.
 #[allow(clippy::too_many_arguments)] // one inner loop, named parts
-fn tile(spec: &AttentionSpec, q: &[f32], rows: &Rows<'_>, group: usize, first: usize, queries: usize, out: SharedOut, row: usize) {
-    let AttentionSpec { kv_groups, group_size, head_dim: d, scale, window } = *spec;
+fn tile(spec: &AttentionSpec, q: &[f32], sequence: &Sequence<'_>, group: usize, first: usize, queries: usize, out: SharedOut, row: usize) {
+    let AttentionSpec { group_size, head_dim: d, scale, window, .. } = *spec;
     let width = spec.heads() * d;
-    let past = rows.span.past;
+    let past = sequence.span.past;
     let last_key = past + first + queries; // exclusive, of the tile's last query
     let first_key = window.map_or(0, |w| (past + first + 1).saturating_sub(w));
     let keys = last_key - first_key;
@@ -84,10 +121,11 @@ fn tile(spec: &AttentionSpec, q: &[f32], rows: &Rows<'_>, group: usize, first: u
         let from = query * width + group * group_size * d;
         scaled.extend(q[from..from + group_size * d].iter().map(|x| x * scale));
     }
-    let at = |m: &[f32], key: usize| RowMajor { data: m[(key * kv_groups + group) * d..].as_ptr(), stride: kv_groups * d };
     let mut scores = vec![0f32; lines * keys];
-    // SAFETY: `keys` rows of k from first_key, `lines` rows of the scaled queries, and scores of that size
-    unsafe { dot::block(RowMajor { data: scaled.as_ptr(), stride: d }, lines, at(rows.k, first_key), keys, d, scores.as_mut_ptr(), keys) };
+    for (key, rows, count) in sequence.k.runs(spec, group, first_key, last_key) {
+        // SAFETY: `count` rows of keys, `lines` rows of the scaled queries, and the scores of those keys
+        unsafe { dot::block(RowMajor { data: scaled.as_ptr(), stride: d }, lines, rows, count, d, scores.as_mut_ptr().add(key - first_key), keys) };
+    }
     let range = |line: usize| {
         let position = past + first + line / group_size;
         (window.map_or(0, |w| (position + 1).saturating_sub(w)) - first_key, position + 1 - first_key)
@@ -97,10 +135,13 @@ fn tile(spec: &AttentionSpec, q: &[f32], rows: &Rows<'_>, group: usize, first: u
         softmax(&mut scores[line * keys + from..line * keys + to]);
     }
     let head = |line: usize| group * group_size + line % group_size;
-    // SAFETY: these (row, head) belong to this task alone; `keys` rows of v from first_key on
-    unsafe {
-        let out: Vec<*mut f32> = (0..lines).map(|line| out.get().add((row + line / group_size) * width + head(line) * d)).collect();
-        dot::weighted_sums(&scores, keys, &ranges, at(rows.v, first_key), &out, d);
+    // SAFETY: these (row, head) belong to this task alone
+    let out: Vec<*mut f32> = (0..lines).map(|line| unsafe { out.get().add((row + line / group_size) * width + head(line) * d) }).collect();
+    for (key, rows, count) in sequence.v.runs(spec, group, first_key, last_key) {
+        let start = key - first_key;
+        let within: Vec<(usize, usize)> = ranges.iter().map(|(from, to)| (from.clamp(&start, &(start + count)) - start, to.clamp(&start, &(start + count)) - start)).collect();
+        // SAFETY: `count` rows of values, ranges within them, and lines of the output that are this task's
+        unsafe { dot::weighted_sums(&scores[start..], keys, &within, rows, &out, d) };
     }
 }
 
@@ -139,6 +180,32 @@ mod tests {
             let part = |t: &Tensor| t.narrow(0, 0, start + len).unwrap();
             let chunk = attend_tensors(&spec, &q.narrow(0, start, len).unwrap(), &part(&k), &part(&v), start).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(chunk, whole[start..start + len]);
+        }
+    }
+
+    #[test]
+    fn blocks_give_the_bits_of_rows_that_lie_together() {
+        for (window, past, len) in [(None, 0, 70), (None, 100, 1), (Some(40), 90, 3), (None, 31, 2), (Some(5), 64, 1)] {
+            let spec = spec(window);
+            let (tokens, groups, d) = (past + len, 3, 16);
+            let q = Tensor::randn(0f32, 1.0, (len, 6, d), &Device::Cpu).unwrap();
+            let [k, v] = [0, 1].map(|_| Tensor::randn(0f32, 1.0, (tokens, 2, d), &Device::Cpu).unwrap());
+            let table: Vec<u32> = (0..tokens.div_ceil(BLOCK_TOKENS) as u32).map(|b| (b * 5 + 2) % 7).collect();
+            // a pool of three groups whose last one this attention doesn't have
+            let blocks = |t: &Tensor| {
+                let mut data = vec![f32::NAN; 7 * groups * BLOCK_TOKENS * d];
+                for (p, row) in t.reshape((tokens, 2 * d)).unwrap().to_vec2::<f32>().unwrap().iter().enumerate() {
+                    for (g, values) in row.chunks(d).enumerate() {
+                        let at = ((table[p / BLOCK_TOKENS] as usize * groups + g) * BLOCK_TOKENS + p % BLOCK_TOKENS) * d;
+                        data[at..at + d].copy_from_slice(values);
+                    }
+                }
+                data
+            };
+            let (keys, values) = (blocks(&k), blocks(&v));
+            let lines = |data| Lines::Blocks { data, table: &table, groups };
+            let paged = attend(&spec, &q, &[Sequence { k: lines(&keys), v: lines(&values), span: Span { past, len } }]).unwrap();
+            assert_eq!(paged.to_vec2::<f32>().unwrap(), attend_tensors(&spec, &q, &k, &v, past).unwrap().to_vec2::<f32>().unwrap(), "{window:?} {past} {len}");
         }
     }
 }

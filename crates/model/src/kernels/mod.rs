@@ -52,11 +52,6 @@ pub(crate) fn filled(len: usize, fill: impl FnOnce(&mut [f32]) -> Result<()>) ->
     Ok(values)
 }
 
-/// Appends a tensor's elements to a vector.
-pub(crate) fn extend_from(rows: &mut Vec<f32>, tensor: &Tensor) -> Result<()> {
-    with_slice(tensor, |values| rows.extend_from_slice(values))
-}
-
 /// A pointer that may cross threads: each task writes elements of its own only.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedOut(pub *mut f32);

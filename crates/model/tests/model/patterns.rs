@@ -3,7 +3,7 @@
 //! Bit for bit, not nearly: the kernels sum in an order that the length of the sum alone decides, and a narrower width is a prefix of a wider one.
 
 use crate::fixtures::{Family, Model, Size, VOCAB, logits, per_layer_config, rows, tokens};
-use evop_model::{BatchCache, DType, Decoder, Device, Gene, NoCache, Pattern, SequenceCache, ShapeOrigin, Span, Tensor};
+use evop_model::{DType, Decoder, Device, FixedCache, Gene, NoCache, Pattern, ShapeOrigin, Span, Tensor};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -132,20 +132,20 @@ proptest! {
 
 /// All sequences through one batch cache, each a random number of tokens a step (large at first, then single ones); logits a sequence.
 fn in_chunks(decoder: &Decoder, sequences: &[Vec<u32>], rng: &mut StdRng) -> Vec<Vec<Vec<f32>>> {
-    let mut caches: Vec<SequenceCache> = sequences.iter().map(|s| SequenceCache::new(decoder.config(), DType::F32, &Device::Cpu, s.len())).collect();
+    let capacities: Vec<usize> = sequences.iter().map(Vec::len).collect();
+    let mut cache = FixedCache::new(decoder.config(), DType::F32, &Device::Cpu, &capacities).unwrap();
     let mut done = vec![0; sequences.len()];
     let mut collected = vec![Vec::new(); sequences.len()];
     let mut step = 0;
     while done.iter().zip(sequences).any(|(n, s)| *n < s.len()) {
         let most = if step < 2 { 20 } else { 1 };
-        let (mut spans, mut ids, mut taking, mut active) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for (i, (cache, sequence)) in caches.iter_mut().zip(sequences).enumerate() {
+        let (mut spans, mut ids, mut taking) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, sequence) in sequences.iter().enumerate() {
             let len = rng.random_range(0..=most).min(sequence.len() - done[i]);
             if len > 0 {
                 spans.push(Span { past: done[i], len });
                 ids.extend_from_slice(&sequence[done[i]..done[i] + len]);
                 taking.push(i);
-                active.push(cache);
             }
         }
         step += 1;
@@ -153,7 +153,7 @@ fn in_chunks(decoder: &Decoder, sequences: &[Vec<u32>], rng: &mut StdRng) -> Vec
             continue;
         }
         let batch = decoder.batch(&spans).unwrap();
-        let hidden = decoder.forward(&ids, &batch, &mut BatchCache::new(active)).unwrap();
+        let hidden = decoder.forward(&ids, &batch, &mut cache.of(taking.iter().copied())).unwrap();
         let mut logits = rows(&decoder.logits(&hidden).unwrap()).into_iter();
         for (i, span) in taking.iter().zip(&spans) {
             collected[*i].extend(logits.by_ref().take(span.len));
@@ -168,9 +168,10 @@ fn a_cache_holds_only_the_attention_that_is_there() {
     let model = Model::random(Family::Llama, Size::SMALL, 3);
     let pattern = crate::fixtures::pattern(&model.config(), [(0, 64), (1, 0), (2, 64), (0, 0)]);
     let decoder = model.load().masked(&pattern).unwrap();
-    let cache = SequenceCache::new(decoder.config(), DType::F32, &Device::Cpu, 100);
+    let cache = FixedCache::new(decoder.config(), DType::F32, &Device::Cpu, &[100, 7]).unwrap();
     assert_eq!(decoder.config().kv_bytes_per_token(4), 2 * 3 * 12 * 4);
-    assert_eq!(cache.bytes(), 100 * decoder.config().kv_bytes_per_token(4));
+    // 100 tokens in four blocks of 32, 7 in one
+    assert_eq!(cache.pool().bytes(), 5 * 32 * decoder.config().kv_bytes_per_token(4));
 }
 
 #[test]
@@ -201,8 +202,8 @@ fn what_does_not_fit_the_model_is_an_error() {
 
     // a cache that was made for the model without that attention
     let pruned = crate::fixtures::pattern(decoder.config(), [(2, 64), (0, 64), (2, 64), (2, 64)]);
-    let mut cache = SequenceCache::new(&decoder.config().with_pattern(&pruned), DType::F32, &Device::Cpu, 8);
-    let error = decoder.forward(&[1, 2], &batch, &mut BatchCache::new(vec![&mut cache])).unwrap_err().to_string();
+    let mut cache = FixedCache::new(&decoder.config().with_pattern(&pruned), DType::F32, &Device::Cpu, &[8]).unwrap();
+    let error = decoder.forward(&[1, 2], &batch, &mut cache.of([0])).unwrap_err().to_string();
     assert!(error.contains("no attention in layer 1"), "{error}");
 }
 

@@ -1,6 +1,6 @@
 //! Greedy tokens of real models, with a cache, against transformers' (`tests/goldens/make_smollm2_goldens.py`).
 
-use evop_model::{BatchCache, Checkpoint, DType, Device, SequenceCache, Span};
+use evop_model::{Checkpoint, DType, Device, FixedCache, Span};
 use serde_json::Value;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -31,11 +31,11 @@ fn check(checkpoint: &Checkpoint, golden: &Value, key: &str) {
         assert_eq!(prompt, ids(&case["prompt_ids"]), "{text:?}");
         let expected = ids(&case[key]["ids"]);
         assert!(expected.len() >= 100);
-        let mut cache = SequenceCache::new(decoder.config(), DType::F32, &Device::Cpu, prompt.len() + expected.len());
+        let mut cache = FixedCache::new(decoder.config(), DType::F32, &Device::Cpu, &[prompt.len() + expected.len()]).unwrap();
         let (mut past, mut next, mut path) = (0, prompt, Vec::new());
         while path.len() < expected.len() {
             let batch = decoder.batch(&[Span { past, len: next.len() }]).unwrap();
-            let hidden = decoder.forward(&next, &batch, &mut BatchCache::new(vec![&mut cache])).unwrap();
+            let hidden = decoder.forward(&next, &batch, &mut cache.of([0])).unwrap();
             let last = hidden.narrow(0, next.len() - 1, 1).unwrap();
             let best = decoder.logits(&last).unwrap().argmax(1).unwrap().to_vec1::<u32>().unwrap()[0];
             past += next.len();
