@@ -57,12 +57,12 @@ impl KvPool {
     /// `blocks` blocks for a model of this shape, computed in `dtype`.
     ///
     /// # Errors
-    /// [`Error::Candle`] when the device has no memory for them.
+    /// [`Error::Candle`] or [`Error::Device`] when there is no memory for them.
     pub fn new(config: &Config, dtype: DType, device: &Device, blocks: usize) -> Result<Self> {
         let layer = |groups: usize| -> Result<LayerBlocks> {
             let (rows, width) = (blocks * BLOCK_TOKENS, groups * config.head_dim);
             let store = if device.is_cpu() && dtype == DType::F32 {
-                Store::Host { k: vec![0.0; rows * width], v: vec![0.0; rows * width] }
+                Store::Host { k: zeros(rows * width)?, v: zeros(rows * width)? }
             } else {
                 Store::Device { k: Tensor::zeros((rows, width), dtype, device)?, v: Tensor::zeros((rows, width), dtype, device)? }
             };
@@ -91,6 +91,20 @@ impl KvPool {
     /// The blocks of the pass's new tokens must belong to one sequence each.
     pub fn paged<'p>(&'p mut self, tables: Vec<&'p [u32]>) -> PagedCache<'p> {
         PagedCache { pool: self, tables, slots: None }
+    }
+}
+
+/// Zeros that take memory only when they are written to.
+fn zeros(count: usize) -> Result<Vec<f32>> {
+    let refused = || Error::Device(format!("{} bytes can't be had", count.saturating_mul(size_of::<f32>())));
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let layout = std::alloc::Layout::array::<f32>(count).map_err(|_| refused())?;
+    // SAFETY: the layout isn't empty; zeroed bytes are zeros, and the vector frees them with the layout that they were made with
+    unsafe {
+        let data = std::alloc::alloc_zeroed(layout).cast::<f32>();
+        if data.is_null() { Err(refused()) } else { Ok(Vec::from_raw_parts(data, count, count)) }
     }
 }
 

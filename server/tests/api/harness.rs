@@ -128,10 +128,11 @@ impl Server {
         request(&self.admin, method, path, &[], body.map(Value::to_string).as_deref())
     }
 
-    /// The value of a metric without labels.
+    /// The value of a metric that has no labels, or of a sample with its labels as the exposition writes them.
     pub fn metric(&self, name: &str) -> f64 {
         let text = self.get("/metrics").body;
-        let line = text.lines().find(|line| line.split([' ', '{']).next() == Some(name)).unwrap_or_else(|| panic!("no {name} in {text}"));
+        let named = |line: &&str| line.split([' ', '{']).next() == Some(name) || line.rsplit_once(' ').is_some_and(|(sample, _)| sample == name);
+        let line = text.lines().find(named).unwrap_or_else(|| panic!("no {name} in {text}"));
         line.rsplit(' ').next().unwrap().parse().unwrap()
     }
 

@@ -66,17 +66,14 @@ fn a_client_that_leaves_frees_its_memory_while_others_go_on() {
             line.clear();
             leaving.read_line(&mut line).unwrap();
         }
-        // 3 tokens of prompt and 1000 to make, in f32
-        let own = 1000.0 * 6144.0;
-        let with = server.metric("evop_kv_bytes_used");
-        assert!(with >= own, "{with}");
+        assert!(server.metric("evop_kv_blocks_used") >= 1.0);
+        let aborted = "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",model_name=\"evop-tiny\"}";
+        assert_eq!(server.metric(aborted), 0.0);
         drop(leaving);
-        wait_for("its memory to be free", || server.metric("evop_kv_bytes_used") <= with - own);
+        wait_for("it to end", || server.metric(aborted) == 1.0);
         assert!(others.into_iter().all(|other| other.join().unwrap() > 10));
     });
     wait_for("all memory to be free", || server.metric("evop_kv_bytes_used") == 0.0);
-    let aborted = server.get("/metrics").body;
-    assert!(aborted.contains("finished_reason=\"abort\",model_name=\"evop-tiny\"} 1"), "{aborted}");
 }
 
 #[test]

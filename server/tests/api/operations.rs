@@ -84,6 +84,11 @@ fn the_exposition_parses_and_counts() {
     assert_eq!(value(&format!("vllm:kv_cache_usage_perc{{{labels}}}")), 0.0);
     assert_eq!(value("evop_http_requests_total{path=\"/v1/completions\",status=\"200\"}"), 2.0);
     assert_eq!(value("evop_http_requests_total{path=\"/v1/completions\",status=\"400\"}"), 1.0);
+    assert_eq!(value("evop_kv_blocks_used"), 0.0);
+    assert_eq!(value(&format!("vllm:num_preemptions_total{{{labels}}}")), 0.0);
+    // a short prompt fills no block: all of it was looked for, nothing found
+    assert!(value(&format!("vllm:prefix_cache_queries_total{{{labels}}}")) >= 8.0);
+    assert_eq!(value(&format!("vllm:prefix_cache_hits_total{{{labels}}}")), 0.0);
     assert_eq!(value("evop_ready"), 1.0);
-    assert!(samples.keys().any(|s| s.starts_with("vllm:cache_config_info{block_size=\"16\"") && s.contains("num_gpu_blocks")));
+    assert!(samples.keys().any(|s| s.starts_with("vllm:cache_config_info{block_size=\"32\"") && s.contains("num_gpu_blocks")));
 }

@@ -68,10 +68,22 @@ fn a_model_that_is_not_there_is_not_activated() {
 
 #[test]
 fn a_model_that_does_not_fit_beside_the_current_one_is_a_409_with_the_numbers() {
-    let server = Server::start(&["--kv-memory", "900TiB"]);
+    // twice what the machine has: memory that is only given when it is used
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib: usize = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:")).unwrap().trim().trim_end_matches(" kB").parse().unwrap();
+    let server = Server::start(&["--kv-memory", &format!("{}KiB", 2 * kib)]);
     let answer = server.admin("POST", "/admin/v1/models/base/activate", None);
     assert_eq!(answer.status, 409, "{}", answer.body);
     let message = answer.json()["error"]["message"].as_str().unwrap().to_string();
-    assert!(message.contains("needs 9437") && message.contains("MiB are free"), "{message}");
+    let needed: usize = message.split("needs ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!(needed >= 2 * kib / 1024 && message.contains("MiB are free"), "{message}");
     assert_eq!(server.complete(&json!({"prompt": "a", "max_tokens": 1})).status, 200);
+}
+
+#[test]
+fn more_memory_for_keys_and_values_than_can_be_had_is_an_error_that_says_so() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_evop")).args(["serve", "--port", "0", "--admin-addr", "127.0.0.1:0", "--kv-memory", "900TiB"]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("no memory for the key/value cache"), "{message}");
 }
