@@ -74,9 +74,7 @@ fn flash(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Ten
 fn flash_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
     let (offsets, longest) = (&batch.offsets, batch.spans().iter().map(|s| s.len).max().unwrap_or(0));
     let out = match spec.window {
-        Some(window) => {
-            candle_flash_attn::flash_attn_varlen_windowed(q, k, v, offsets, offsets, longest, longest, spec.scale, Some(window - 1), Some(0))?
-        }
+        Some(window) => candle_flash_attn::flash_attn_varlen_windowed(q, k, v, offsets, offsets, longest, longest, spec.scale, Some(window - 1), Some(0))?,
         None => candle_flash_attn::flash_attn_varlen(q, k, v, offsets, offsets, longest, longest, spec.scale, true)?,
     };
     Ok(out.reshape((q.dim(0)?, spec.heads() * spec.head_dim))?)

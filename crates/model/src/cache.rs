@@ -240,3 +240,58 @@ impl FixedCache {
         &self.pool
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Span;
+    use std::path::Path;
+
+    /// q, k, v [tokens, heads or groups, d] in f16.
+    fn random(tokens: usize, spec: &AttentionSpec) -> [Tensor; 3] {
+        [spec.heads(), spec.kv_groups, spec.kv_groups]
+            .map(|n| Tensor::randn(0f32, 1.0, (tokens, n, spec.head_dim), &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap())
+    }
+
+    #[test]
+    fn the_device_store_gives_what_attention_over_whole_sequences_gives() {
+        let config = Config::from_json(include_str!("../../../models/tiny/config.json"), Path::new("config.json")).unwrap();
+        // one group of the two that the pool has: the second half of a row stays unused
+        for kv_groups in [2, 1] {
+            let spec = AttentionSpec { kv_groups, group_size: 2, head_dim: 32, scale: 0.2, window: None };
+            let mut cache = FixedCache::new(&config, DType::F16, &Device::Cpu, &[70, 40]).unwrap();
+            assert!(matches!(cache.pool.layers[0].as_ref().unwrap().store, Store::Device { .. }));
+            let whole = [random(70, &spec), random(40, &spec)];
+            let mut found: [Vec<Tensor>; 2] = Default::default();
+            for chunks in [[(0, 50), (0, 7)], [(50, 19), (7, 32)], [(69, 1), (39, 1)]] {
+                let spans = chunks.map(|(past, len)| Span { past, len });
+                let batch = Batch::new(&config, &spans, DType::F16, &Device::Cpu).unwrap();
+                let packed = |i: usize| Tensor::cat(&[0, 1].map(|s: usize| whole[s][i].narrow(0, chunks[s].0, chunks[s].1).unwrap()), 0).unwrap();
+                let out = cache.of([0, 1]).attend(0, &spec, &packed(0), &packed(1), &packed(2), &batch).unwrap();
+                found[0].push(out.narrow(0, 0, chunks[0].1).unwrap());
+                found[1].push(out.narrow(0, chunks[0].1, chunks[1].1).unwrap());
+            }
+            for (found, [q, k, v]) in found.iter().zip(&whole) {
+                let expected = attention::reference(&spec, q, k, v, 0).unwrap();
+                let found = Tensor::cat(found, 0).unwrap();
+                let difference = (expected - found).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_dtype(DType::F32).unwrap();
+                assert!(difference.to_scalar::<f32>().unwrap() < 2e-2);
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_too_short_or_not_of_this_pool_is_refused() {
+        let config = Config::from_json(include_str!("../../../models/tiny/config.json"), Path::new("config.json")).unwrap();
+        let spec = AttentionSpec { kv_groups: 2, group_size: 2, head_dim: 32, scale: 0.2, window: None };
+        let mut pool = KvPool::new(&config, DType::F32, &Device::Cpu, 3).unwrap();
+        let batch = Batch::new(&config, &[Span { past: 30, len: 3 }], DType::F32, &Device::Cpu).unwrap();
+        let [q, k, v] = random(3, &spec).map(|t| t.to_dtype(DType::F32).unwrap());
+        for (table, expected) in [(vec![0], "needs 2 blocks"), (vec![0, 3], "needs 2 blocks")] {
+            let error = pool.paged(vec![&table]).attend(0, &spec, &q, &k, &v, &batch).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+        assert!(pool.paged(vec![&[0, 2]]).attend(0, &spec, &q, &k, &v, &batch).is_ok());
+        assert!(pool.paged(vec![]).attend(0, &spec, &q, &k, &v, &batch).is_err());
+    }
+}

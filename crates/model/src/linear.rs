@@ -97,7 +97,11 @@ impl Linear {
 
     /// x [rows, in] -> [rows, out]. On the CPU a row's result doesn't depend on the other rows (`kernels::matmul`).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = if x.device().is_cpu() && x.dtype() == DType::F32 { kernels::matmul::linear(x, &self.weight)? } else { x.contiguous()?.matmul(&self.weight.t()?)? };
+        let y = if x.device().is_cpu() && x.dtype() == DType::F32 {
+            kernels::matmul::linear(x, &self.weight)?
+        } else {
+            x.contiguous()?.matmul(&self.weight.t()?)?
+        };
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,

@@ -40,7 +40,11 @@ impl Gram {
     /// # Errors
     /// [`Error::Activations`] when a value is not finite.
     pub fn add(&mut self, x: &Tensor, spans: &[Span]) -> Result<()> {
-        if x.device().is_cpu() { self.add_on_host(x, spans)? } else { self.add_on_device(x, spans)? }
+        if x.device().is_cpu() {
+            self.add_on_host(x, spans)?
+        } else {
+            self.add_on_device(x, spans)?
+        }
         if let Some(column) = self.sums.iter().position(|s| !s.is_finite()) {
             return Err(Error::Activations(format!("channel {column} is not finite")));
         }
@@ -145,7 +149,11 @@ impl Cross {
 
     /// Adds rows.
     pub fn add(&mut self, x: &Tensor, y: &Tensor) -> Result<()> {
-        if x.device().is_cpu() { self.add_on_host(x, y)? } else { self.add_on_device(x, y)? }
+        if x.device().is_cpu() {
+            self.add_on_host(x, y)?
+        } else {
+            self.add_on_device(x, y)?
+        }
         if !self.energy.is_finite() {
             return Err(Error::Activations("an element is not finite".to_string()));
         }

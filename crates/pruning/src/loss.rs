@@ -91,7 +91,8 @@ impl Reference {
         let mut reference = Self { top, ..Self::default() };
         each_logits(decoder, hidden, spans, |_, logits| {
             let logits = logits.to_device(&Device::Cpu)?;
-            let ids: Vec<u32> = kernels::with_slice(&logits, |l| l.par_chunks(decoder.config().vocab_size).flat_map_iter(|row| most_likely(row, top)).collect())?;
+            let ids: Vec<u32> =
+                kernels::with_slice(&logits, |l| l.par_chunks(decoder.config().vocab_size).flat_map_iter(|row| most_likely(row, top)).collect())?;
             let log_probabilities = log_probabilities(&logits, &ids)?;
             reference.rest.extend(log_probabilities.chunks(top).map(|kept| rest(kept.iter().copied())));
             reference.ids.extend(ids);

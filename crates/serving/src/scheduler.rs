@@ -111,7 +111,7 @@ impl Scheduler {
             if first.group.stopped[first.next].load(Relaxed) {
                 first.ready = None;
                 stopped.push(Withdrawn { group: Arc::clone(&first.group), output: first.output.clone(), choices: first.next..first.next + 1 });
-            } else if self.running.iter().any(|s| Arc::ptr_eq(&s.group, &first.group) && !s.has_read_prompt()) {
+            } else if self.running.iter().any(|s| Arc::ptr_eq(&s.group, &first.group) && s.index == 0 && !s.has_read_prompt()) {
                 // its other choices find the prompt's blocks when the first one has filled them
                 self.waiting.push_front(first);
                 break;
@@ -136,10 +136,13 @@ impl Scheduler {
         stopped
     }
 
-    /// Lets a sequence run if there are blocks for all its tokens and the next one, and one for each that runs already; gives it back otherwise.
+    /// Lets a sequence run if there are blocks for all its tokens and the next one, beside what those that run already lack for theirs and one more for
+    /// each; gives it back otherwise.
     fn place(&mut self, mut sequence: Sequence) -> Option<Sequence> {
+        let lacking = |sequence: &Sequence| sequence.lacks(sequence.tokens.len() + 1);
         sequence.find_prefix(&mut self.blocks);
-        if self.blocks.available() < sequence.lacks(sequence.tokens.len() + 1) + self.running.len() && !self.running.is_empty() {
+        let running: usize = self.running.iter().map(|s| lacking(s) + 1).sum();
+        if self.blocks.available() < lacking(&sequence) + running && running > 0 {
             sequence.release(&mut self.blocks);
             return Some(sequence);
         }

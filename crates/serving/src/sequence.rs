@@ -1,9 +1,9 @@
 //! A request inside the engine: one group, and one sequence for each of its choices.
 
+use crate::blocks::{Blocks, START};
 use crate::output::{FinishReason, OutputKind, StepOutput, TokenLogprobs, Usage};
 use crate::params::{Request, SamplingParams};
 use crate::sampler::{Sampled, Sampler};
-use crate::blocks::{Blocks, START};
 use evop_model::{BLOCK_TOKENS, Span};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};

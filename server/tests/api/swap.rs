@@ -82,7 +82,10 @@ fn a_model_that_does_not_fit_beside_the_current_one_is_a_409_with_the_numbers() 
 
 #[test]
 fn more_memory_for_keys_and_values_than_can_be_had_is_an_error_that_says_so() {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_evop")).args(["serve", "--port", "0", "--admin-addr", "127.0.0.1:0", "--kv-memory", "900TiB"]).output().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_evop"))
+        .args(["serve", "--port", "0", "--admin-addr", "127.0.0.1:0", "--kv-memory", "900TiB"])
+        .output()
+        .unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{message}");
     assert!(message.contains("no memory for the key/value cache"), "{message}");

@@ -37,7 +37,9 @@ impl<'a> Lines<'a> {
             }
             let count = (longest - at % longest).min(to - at);
             let rows = match self {
-                Self::Packed(data) => RowMajor { data: data[(at * kv_groups + group) * d..][..((count - 1) * kv_groups + 1) * d].as_ptr(), stride: kv_groups * d },
+                Self::Packed(data) => {
+                    RowMajor { data: data[(at * kv_groups + group) * d..][..((count - 1) * kv_groups + 1) * d].as_ptr(), stride: kv_groups * d }
+                }
                 Self::Blocks { data, table, groups } => {
                     let first = (table[at / BLOCK_TOKENS] as usize * groups + group) * BLOCK_TOKENS + at % BLOCK_TOKENS;
                     RowMajor { data: data[first * d..(first + count) * d].as_ptr(), stride: d }
@@ -139,7 +141,8 @@ fn tile(spec: &AttentionSpec, q: &[f32], sequence: &Sequence<'_>, group: usize, 
     let out: Vec<*mut f32> = (0..lines).map(|line| unsafe { out.get().add((row + line / group_size) * width + head(line) * d) }).collect();
     for (key, rows, count) in sequence.v.runs(spec, group, first_key, last_key) {
         let start = key - first_key;
-        let within: Vec<(usize, usize)> = ranges.iter().map(|(from, to)| (from.clamp(&start, &(start + count)) - start, to.clamp(&start, &(start + count)) - start)).collect();
+        let within: Vec<(usize, usize)> =
+            ranges.iter().map(|(from, to)| (from.clamp(&start, &(start + count)) - start, to.clamp(&start, &(start + count)) - start)).collect();
         // SAFETY: `count` rows of values, ranges within them, and lines of the output that are this task's
         unsafe { dot::weighted_sums(&scores[start..], keys, &within, rows, &out, d) };
     }

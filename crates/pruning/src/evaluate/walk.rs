@@ -58,14 +58,7 @@ impl Branch {
 
 impl<'w> Walk<'w> {
     /// `index` is the pack's; `patterns` are sorted.
-    pub fn new(
-        supernet: &'w Supernet,
-        pack: &'w Pack,
-        index: usize,
-        patterns: &'w [&'w Pattern],
-        anchors: &'w [Pattern],
-        cache: &'w mut PrefixCache,
-    ) -> Self {
+    pub fn new(supernet: &'w Supernet, pack: &'w Pack, index: usize, patterns: &'w [&'w Pattern], anchors: &'w [Pattern], cache: &'w mut PrefixCache) -> Self {
         Self { supernet, pack, index, patterns, anchors, cache, losses: vec![Vec::new(); patterns.len()], block_forwards: 0 }
     }
 
@@ -154,11 +147,8 @@ impl<'w> Walk<'w> {
         let Some(block) = decoder.sub_block(s) else { return Ok(Vec::new()) };
         let growing: Vec<&(Stem, Vec<Branch>)> = stems.iter().filter(|(_, branches)| branches.iter().any(Branch::is_computed)).collect();
         // (index among the growing stems, level), in order
-        let branches: Vec<(usize, Level)> = growing
-            .iter()
-            .enumerate()
-            .flat_map(|(i, (_, branches))| branches.iter().filter(|b| b.is_computed()).map(move |b| (i, b.level)))
-            .collect();
+        let branches: Vec<(usize, Level)> =
+            growing.iter().enumerate().flat_map(|(i, (_, branches))| branches.iter().filter(|b| b.is_computed()).map(move |b| (i, b.level))).collect();
         let Some(widest) = branches.iter().map(|(_, level)| level.width).max() else { return Ok(Vec::new()) };
         self.block_forwards += branches.len() * self.pack.batch.spans().len();
         let batch = self.batch(growing.len())?;

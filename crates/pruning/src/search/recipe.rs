@@ -31,10 +31,19 @@ impl Strategy {
     pub fn recipe(self) -> Recipe {
         let plain = Some(SkipCompensation::None);
         let chosen = |space, fitness| Recipe { space, fitness, key_tokens: 0.0, importance: None, compensation: None, skips: plain };
-        let fixed = |space, importance, compensation| Recipe { space, fitness: FitnessKind::Nll, key_tokens: 0.0, importance, compensation: Some(compensation), skips: plain };
+        let fixed = |space, importance, compensation| Recipe {
+            space,
+            fitness: FitnessKind::Nll,
+            key_tokens: 0.0,
+            importance,
+            compensation: Some(compensation),
+            skips: plain,
+        };
         match self {
             // `uniform` skips nothing, but shares the level database of `joint`
-            Self::Joint | Self::RandomJoint | Self::Uniform | Self::Pareto | Self::Pattern => Recipe { key_tokens: KEY_TOKENS, skips: None, ..chosen(Space::Joint, FitnessKind::Kl) },
+            Self::Joint | Self::RandomJoint | Self::Uniform | Self::Pareto | Self::Pattern => {
+                Recipe { key_tokens: KEY_TOKENS, skips: None, ..chosen(Space::Joint, FitnessKind::Kl) }
+            }
             Self::Evop | Self::Sleb | Self::Shortgpt | Self::Random | Self::Exhaustive => chosen(Space::Layer, FitnessKind::Nll),
             Self::Crash | Self::PruneComp | Self::Flatten | Self::SurrogateShapley => chosen(Space::Layer, FitnessKind::Nll),
             Self::Evopress | Self::Finercut => chosen(Space::Block, FitnessKind::Kl),
