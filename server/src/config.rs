@@ -72,7 +72,7 @@ pub struct ServeConfig {
     /// Tokens of one forward pass. [default: the engine's own]
     #[arg(long, env = "EVOP_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = at_least_one, help_heading = "Limits")]
     pub max_batch_tokens: Option<usize>,
-    /// Memory for keys and values, for example 2GiB. [default: what the concurrent sequences need, at most a quarter of what is free]
+    /// Memory for keys and values, for example 2GiB, taken from the system as it is used; prompts that begin alike share it. [default: what the concurrent sequences need, at most a quarter of what is free]
     #[arg(long, env = "EVOP_KV_MEMORY", value_name = "SIZE", help_heading = "Limits")]
     pub kv_memory: Option<ByteSize>,
     /// Seconds that one request may take; 0 = no limit.

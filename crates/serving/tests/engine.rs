@@ -243,8 +243,8 @@ fn a_prompt_that_begins_like_an_earlier_one_is_read_from_there_on_and_answered_a
     let after = engine.stats();
     assert_eq!((after.prefix_queries - before.prefix_queries, after.prefix_hits - before.prefix_hits), (long.len() as u64, known as u64));
     // answers are known too: the next turn of a conversation reads only what is new
-    let next = [long.clone(), cold.tokens.clone(), prompt("He went on deck")].concat();
-    let turn = run(&engine, next.clone(), greedy(4));
+    let next = [long.clone(), cold.tokens, prompt("He went on deck")].concat();
+    let turn = run(&engine, next, greedy(4));
     assert_eq!(turn.end.unwrap().1.cached_tokens, (long.len() + 19) / 32 * 32);
     // scoring a prompt computes every token of it
     let scored = run(&engine, long.clone(), SamplingParams { prompt_logprobs: Some(0), ..greedy(1) });
