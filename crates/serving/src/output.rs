@@ -14,6 +14,11 @@ pub struct StepOutput {
 /// The kinds of [`StepOutput`], in the order in which a choice sends them.
 #[derive(Debug, Clone, PartialEq)]
 pub enum OutputKind {
+    /// Once a choice, before anything else of it: its prompt has been read.
+    PromptRead {
+        /// Tokens of the prompt that were in the cache already.
+        cached_tokens: usize,
+    },
     /// Once, from choice 0, before its first token, if `prompt_logprobs` was asked for: one entry a prompt token, the first `None`.
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
     /// A generated token.

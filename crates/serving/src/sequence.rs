@@ -185,6 +185,7 @@ impl Sequence {
         let mut advanced = Advanced::default();
         if !self.prompt_read && self.computed >= self.group.prompt.len() {
             self.prompt_read = true;
+            self.send(OutputKind::PromptRead { cached_tokens: self.cached.unwrap_or(0) });
             if self.index == 0 {
                 advanced.prompt_tokens = self.group.prompt.len();
                 if self.group.params.prompt_logprobs.is_some() {

@@ -68,7 +68,7 @@ impl RequestStream {
         };
         let progress = &mut self.progress[output.index];
         match output.kind {
-            OutputKind::PromptLogprobs(_) => {}
+            OutputKind::PromptRead { .. } | OutputKind::PromptLogprobs(_) => {}
             OutputKind::Token { .. } => progress.tokens += 1,
             OutputKind::Finished { .. } => progress.finished = true,
         }

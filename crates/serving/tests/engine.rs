@@ -59,6 +59,7 @@ fn collect(mut stream: RequestStream, n: usize) -> Vec<Choice> {
         let choice = &mut choices[index];
         assert!(choice.end.is_none(), "output after the end");
         match kind {
+            OutputKind::PromptRead { .. } => assert!(choice.tokens.is_empty() && choice.prompt_logprobs.is_none()),
             OutputKind::PromptLogprobs(logprobs) => {
                 assert!(choice.tokens.is_empty());
                 choice.prompt_logprobs = Some(logprobs);
@@ -141,6 +142,7 @@ fn a_pruned_decoder_makes_the_tokens_of_its_plain_forward_pass() {
     let engine = Engine::start(pruned.clone(), vec![0], EngineConfig { max_batch_tokens: 32, ..EngineConfig::for_decoder(&pruned) }).unwrap();
     let mut tokens = prompt("Once upon a time");
     let mut stream = engine.submit(request(tokens.clone(), greedy(12))).unwrap();
+    assert_eq!(stream.blocking_next().unwrap().kind, OutputKind::PromptRead { cached_tokens: 0 });
     while let Some(OutputKind::Token { id, .. }) = stream.blocking_next().map(|o| o.kind) {
         let hidden = pruned.forward(&tokens, &pruned.batch(&[Span::prompt(tokens.len())]).unwrap(), &mut NoCache).unwrap();
         let logits = pruned.logits(&hidden.narrow(0, tokens.len() - 1, 1).unwrap()).unwrap();

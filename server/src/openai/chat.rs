@@ -86,7 +86,7 @@ struct Writer {
 
 impl Writer {
     fn usage(&self, generation: &Generation) -> Usage {
-        Usage::new(generation.prompt_tokens(), self.tokens)
+        Usage::new(generation.prompt_tokens(), self.tokens, generation.cached_tokens())
     }
 
     fn answer(&self, generation: &Generation, choices: Vec<ChatChunkChoice>, prompt_token_ids: Option<Vec<u32>>) -> String {

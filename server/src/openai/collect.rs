@@ -67,7 +67,7 @@ pub async fn collect(generation: &mut Generation, prompts: usize, answer: &Answe
             Event::Failed(error) => return Err(error),
         }
     }
-    let usage = Usage::new(generation.prompt_tokens(), choices.iter().map(|c| c.completion_tokens).sum());
+    let usage = Usage::new(generation.prompt_tokens(), choices.iter().map(|c| c.completion_tokens).sum(), generation.cached_tokens());
     let mut choices = choices.into_iter();
     let of_prompt = |logprobs| CollectedPrompt { choices: best(choices.by_ref().take(answer.best_of).collect(), answer.n), logprobs };
     Ok((logprobs.into_iter().map(of_prompt).collect(), usage))

@@ -120,7 +120,7 @@ impl Writer {
     }
 
     fn usage(&self, generation: &Generation) -> Usage {
-        Usage::new(generation.prompt_tokens(), self.tokens.iter().sum())
+        Usage::new(generation.prompt_tokens(), self.tokens.iter().sum(), generation.cached_tokens())
     }
 
     fn chunk(&mut self, generation: &Generation, choice: usize, text: String, tokens: &[Token], end: End, ids: Vec<u32>) -> String {

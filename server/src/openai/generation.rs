@@ -98,6 +98,8 @@ struct Part {
     /// Outputs that wait for the prompt's log probabilities, `None` once those are here.
     waiting: Option<Vec<StepOutput>>,
     choices: Vec<Choice>,
+    /// Tokens of the prompt that the engine had in its cache.
+    cached_tokens: usize,
     ended: bool,
 }
 
@@ -127,6 +129,7 @@ impl Generation {
             stream: prompt.stream,
             tokens: prompt.tokens,
             echo: prompt.echo,
+            cached_tokens: 0,
             ended: false,
         };
         let parts: Vec<Part> = prompts.into_iter().map(part).collect();
@@ -151,6 +154,11 @@ impl Generation {
     /// Tokens of all prompts.
     pub fn prompt_tokens(&self) -> usize {
         self.parts.iter().map(|part| part.tokens.len()).sum()
+    }
+
+    /// Those of them that were in the engine's cache; known of a prompt when its first choice begins.
+    pub fn cached_tokens(&self) -> usize {
+        self.parts.iter().map(|part| part.cached_tokens).sum()
     }
 
     /// The tokens of one prompt.
@@ -222,6 +230,12 @@ impl Generation {
     fn take(&mut self, index: usize, output: StepOutput) {
         let part = &mut self.parts[index];
         match (output.kind, &mut part.waiting) {
+            // (the other choices find what the first one has just computed)
+            (OutputKind::PromptRead { cached_tokens }, _) => {
+                if output.index == 0 {
+                    part.cached_tokens = cached_tokens;
+                }
+            }
             (OutputKind::PromptLogprobs(logprobs), _) => {
                 let held = part.waiting.take().unwrap_or_default();
                 self.echo(index, &logprobs);
@@ -258,7 +272,7 @@ impl Generation {
                 return;
             }
             OutputKind::Finished { reason, queued, .. } => choice.ended(&reason, queued, metrics),
-            OutputKind::PromptLogprobs(_) => return,
+            OutputKind::PromptRead { .. } | OutputKind::PromptLogprobs(_) => return,
         };
         match progress {
             Ok(Progress { text, tokens, finish }) => {

@@ -26,9 +26,10 @@ pub struct PromptTokensDetails {
 }
 
 impl Usage {
-    /// Nothing was in a cache: this version has none across requests.
-    pub fn new(prompt_tokens: usize, completion_tokens: usize) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens, prompt_tokens_details: PromptTokensDetails::default() }
+    /// `cached_tokens` of the prompts' were in the cache.
+    pub fn new(prompt_tokens: usize, completion_tokens: usize, cached_tokens: usize) -> Self {
+        let prompt_tokens_details = PromptTokensDetails { cached_tokens };
+        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens, prompt_tokens_details }
     }
 }
 

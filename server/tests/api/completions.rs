@@ -26,6 +26,29 @@ fn a_greedy_completion_is_always_the_same_and_counts_its_tokens() {
 }
 
 #[test]
+fn what_an_earlier_prompt_had_too_is_not_read_again_and_counted() {
+    let server = Server::start(&[]);
+    let shared = "The captain looked at the map for a long time and then told them that they would sail north at dawn, whatever the weather. ".repeat(6);
+    let ask = |end: &str, stream: bool| {
+        let mut body = json!({"prompt": format!("{shared}{end}"), "max_tokens": 8, "temperature": 0, "ignore_eos": true, "stream": stream});
+        if stream {
+            body["stream_options"] = json!({"include_usage": true});
+            return server.stream("/v1/completions", &body).last().unwrap()["usage"].clone();
+        }
+        server.complete(&body).ok()["usage"].clone()
+    };
+    let cached = |usage: &Value| usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let first = ask("He", false);
+    assert_eq!(cached(&first), 0);
+    for (end, stream) in [("She", false), ("They all", true)] {
+        let again = ask(end, stream);
+        let (prompt, cached) = (again["prompt_tokens"].as_u64().unwrap(), cached(&again));
+        assert!(cached.is_multiple_of(32) && cached + 40 > prompt && cached < prompt, "{again}");
+    }
+    assert!(server.metric("vllm:prefix_cache_hits_total") > 0.0);
+}
+
+#[test]
 fn a_stream_says_the_same_as_the_whole_answer() {
     let server = Server::start(&[]);
     for extra in [
