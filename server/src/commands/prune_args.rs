@@ -99,7 +99,7 @@ pub struct TuningArgs {
     /// How tokens become one number: mean, worst-cluster or mean+std.
     #[arg(long, value_name = "HOW", default_value_t = Aggregate::Mean, help_heading = "Search")]
     pub aggregate: Aggregate,
-    /// The part of the loss, 0 to 1, that goes to tokens which the dense model takes from far back, such as a name that comes again. [default: 0.25; published strategies: 0]
+    /// The part of the loss, 0 to 1, that goes to tokens which the dense model takes from far back, such as a name that comes again. [default: 0.5; published strategies: 0]
     #[arg(long, value_name = "FRACTION", help_heading = "Search")]
     pub key_tokens: Option<f64>,
     /// Find a pattern for the text of every calibration cluster too (clusters.json), beside the common one.

@@ -24,7 +24,7 @@ pub struct Recipe {
 }
 
 /// What key tokens make up of the loss of this project's own searches.
-const KEY_TOKENS: f64 = 0.25;
+const KEY_TOKENS: f64 = 0.5;
 
 impl Strategy {
     /// The strategy's own choices.
