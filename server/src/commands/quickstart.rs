@@ -12,6 +12,7 @@ use clap::{Args, FromArgMatches};
 use evop_model::device::{DeviceChoice, compute_dtype};
 use evop_model::{Checkpoint, Decoder};
 use evop_pruning::run;
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -54,8 +55,9 @@ pub fn run(args: &QuickstartArgs) -> Result<()> {
     let (status, answer) = http::request(&format!("{}/v1/completions", server.url), Some(&body), Duration::from_secs(60))?;
     let answer: serde_json::Value = serde_json::from_str(&answer).with_context(|| format!("the server answered {status}: {answer}"))?;
     let text = answer["choices"][0]["text"].as_str().with_context(|| format!("the server answered {status}: {answer}"))?;
+    let (bold, plain) = if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
     println!(
-        "\n{PROMPT}\x1b[1m{text}\x1b[0m\n\nThe pruned model is served at {0}. Ask it yourself:\n\n  curl {0}/v1/completions -H 'content-type: application/json' -d '{body}'\n",
+        "\n{PROMPT}{bold}{text}{plain}\n\nThe pruned model is served at {0}. Ask it yourself:\n\n  curl {0}/v1/completions -H 'content-type: application/json' -d '{body}'\n",
         server.url
     );
     if args.exit {
