@@ -20,7 +20,7 @@ if is_right "$dir/$name"; then
 fi
 mkdir -p "$dir"
 # inside DIR, so that the last step is a rename within one file system
-tmp=$(mktemp -d "$dir/.fetch-smollm2.XXXXXX")
+tmp=$(mktemp -d -p "$dir")
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' HUP INT TERM
 

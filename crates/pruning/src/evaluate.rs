@@ -165,19 +165,24 @@ impl<'a> Evaluator<'a> {
             let copies = vec![OnceLock::new(); walk::patterns_at_once(decoder.device(), tokens.len())];
             packs.push(Pack { tokens, batch, copies, reference: None, weights: None, segments: own });
         }
-        if objective.kind == FitnessKind::Kl {
+        let mut keys = Vec::new();
+        if objective.kind == FitnessKind::Kl || objective.key_tokens > 0.0 {
             for pack in &mut packs {
-                pack.reference = Some(decoder.device().with_context(|| -> Result<Reference> {
-                    let hidden = decoder.forward(&pack.tokens, &pack.batch, &mut NoCache)?;
-                    Reference::new(decoder, &hidden, pack.batch.spans())
-                })?);
+                decoder.device().with_context(|| -> Result<()> {
+                    let (tokens, spans) = (&pack.tokens, pack.batch.spans());
+                    let hidden = decoder.forward(tokens, &pack.batch, &mut NoCache)?;
+                    if objective.key_tokens > 0.0 {
+                        keys.push(key_tokens::find(decoder, &hidden, tokens, spans)?);
+                    }
+                    if objective.kind == FitnessKind::Kl {
+                        pack.reference = Some(Reference::new(decoder, &hidden, spans)?);
+                    }
+                    Ok(())
+                })?;
             }
         }
-        if objective.key_tokens > 0.0 {
-            let keys = packs.iter().map(|pack| key_tokens::find(decoder, &pack.tokens, pack.batch.spans())).collect::<Result<Vec<_>>>()?;
-            for (pack, weights) in packs.iter_mut().zip(key_tokens::weights(&keys, objective.key_tokens)) {
-                pack.weights = Some(weights);
-            }
+        for (pack, weights) in packs.iter_mut().zip(key_tokens::weights(&keys, objective.key_tokens)) {
+            pack.weights = Some(weights);
         }
         let cache = PrefixCache::new(if savings.prefix { savings.prefix_cache_bytes } else { 0 });
         Ok(Self { supernet, packs, segments, objective, savings, memo: known, anchors: Vec::new(), cache, work, record })

@@ -5,7 +5,7 @@
 //! gain everywhere else, and answers that hang on the context go first.
 
 use crate::{Result, loss, pack};
-use evop_model::{Decoder, NoCache, Span};
+use evop_model::{Decoder, NoCache, Span, Tensor};
 
 /// Tokens of context that count as near: between this many and twice as many.
 const NEAR: usize = 16;
@@ -16,9 +16,10 @@ const LIKELY: f32 = -2.0;
 /// Tokens of windows that are computed together.
 const TOKENS_AT_ONCE: usize = 2_048;
 
-/// Which predicting positions of each packed span have a key token after them: `span.len - 1` flags a span.
-pub(crate) fn find(decoder: &Decoder, tokens: &[u32], spans: &[Span]) -> Result<Vec<Vec<bool>>> {
-    let far = losses(decoder, tokens, spans)?;
+/// Which predicting positions of each packed span have a key token after them: `span.len - 1` flags a span. `hidden` [tokens, hidden] is the dense
+/// model's residual stream after the last layer.
+pub(crate) fn find(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Vec<Vec<bool>>> {
+    let far = loss::token_losses(decoder, hidden, tokens, spans, None)?;
     let mut start = 0;
     let mut found = Vec::with_capacity(spans.len());
     for (span, far) in spans.iter().zip(far) {
@@ -62,13 +63,10 @@ pub(crate) fn weights(keys: &[Vec<Vec<bool>>], share: f64) -> Vec<Vec<Vec<f32>>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use evop_model::{Checkpoint, DType, Device};
-    use std::path::Path;
 
     #[test]
     fn a_token_has_sixteen_to_thirty_one_tokens_of_near_context() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
-        let decoder = Checkpoint::open(&path).unwrap().decoder(&Device::Cpu, DType::F32).unwrap();
+        let decoder = crate::testing::tiny();
         let sequence: Vec<u32> = (0..50).map(|i| i * 37 % 4_000).collect();
         let near = near_losses(&decoder, &sequence).unwrap();
         assert_eq!(near.len(), 49);
@@ -77,7 +75,9 @@ mod tests {
             assert_eq!(near[token - 1].to_bits(), given(first, token).to_bits(), "token {token}");
         }
         // within the first two windows near is all there is: nothing is gained from afar
-        assert!(find(&decoder, &sequence[..32], &[Span::prompt(32)]).unwrap()[0].iter().all(|key| !key));
+        let spans = [Span::prompt(32)];
+        let hidden = decoder.forward(&sequence[..32], &decoder.batch(&spans).unwrap(), &mut NoCache).unwrap();
+        assert!(find(&decoder, &hidden, &sequence[..32], &spans).unwrap()[0].iter().all(|key| !key));
     }
 
     #[test]

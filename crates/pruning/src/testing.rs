@@ -1,9 +1,15 @@
 //! What unit tests share.
 
-use evop_model::{Device, Tensor};
+use evop_model::{Checkpoint, DType, Decoder, Device, Tensor};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::Normal;
+use std::path::Path;
+
+/// The bundled model.
+pub(crate) fn tiny() -> Decoder {
+    Checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny")).unwrap().decoder(&Device::Cpu, DType::F32).unwrap()
+}
 
 /// Normally distributed numbers, the same every time: candle can't seed its own on the CPU.
 pub(crate) fn normal(seed: u64, mean: f32, deviation: f32, shape: (usize, usize)) -> Tensor {

@@ -71,7 +71,7 @@ fn score(decoder: &Decoder, pack: &Pack, group: &[Vec<Encoded>]) -> Result<Vec<L
         // (as many of each row: the last again where a row has fewer)
         let ids: Vec<u32> = rows.iter().flat_map(|targets| (0..most).map(|i| targets[i.min(targets.len() - 1)].token)).collect();
         let log_probabilities = log_probabilities(&logits, &ids)?;
-        let best = most_likely(&logits)?;
+        let best = greedy_tokens(&logits)?;
         for ((targets, best), found) in rows.iter().zip(best).zip(log_probabilities.chunks(most)) {
             for (target, log_probability) in targets.iter().zip(found) {
                 let result = &mut results[target.sequence];
@@ -84,7 +84,7 @@ fn score(decoder: &Decoder, pack: &Pack, group: &[Vec<Encoded>]) -> Result<Vec<L
 }
 
 /// The first of the largest of every row.
-fn most_likely(logits: &Tensor) -> Result<Vec<u32>> {
+fn greedy_tokens(logits: &Tensor) -> Result<Vec<u32>> {
     if !logits.device().is_cpu() {
         return Ok(logits.argmax(1)?.to_vec1()?);
     }

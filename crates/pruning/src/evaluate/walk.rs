@@ -81,15 +81,13 @@ impl<'w> Walk<'w> {
         if at_once > 1 && stem.group.len() <= at_once {
             return self.descend_together(vec![stem], s);
         }
-        let branches = self.branches(&stem, s);
-        self.grow(vec![(stem, branches)], s)?.into_iter().try_for_each(|stem| self.descend(stem, s + 1))
+        self.advance(vec![stem], s)?.into_iter().try_for_each(|stem| self.descend(stem, s + 1))
     }
 
     /// The same for a few, side by side.
     fn descend_together(&mut self, mut stems: Vec<Stem>, s: usize) -> Result<()> {
         for s in s..self.supernet.decoder().last_boundary() {
-            let branching = stems.into_iter().map(|stem| (self.branches(&stem, s), stem)).map(|(branches, stem)| (stem, branches)).collect();
-            stems = self.grow(branching, s)?;
+            stems = self.advance(stems, s)?;
         }
         stems.iter().try_for_each(|stem| self.score(stem))
     }
@@ -116,7 +114,9 @@ impl<'w> Walk<'w> {
     }
 
     /// The stems after sub-block `s`, in order.
-    fn grow(&mut self, stems: Vec<(Stem, Vec<Branch>)>, s: usize) -> Result<Vec<Stem>> {
+    fn advance(&mut self, stems: Vec<Stem>, s: usize) -> Result<Vec<Stem>> {
+        let branches: Vec<Vec<Branch>> = stems.iter().map(|stem| self.branches(stem, s)).collect();
+        let stems: Vec<(Stem, Vec<Branch>)> = stems.into_iter().zip(branches).collect();
         let mut computed = self.compute(&stems, s)?.into_iter();
         let mut grown = Vec::new();
         for (stem, branches) in stems {
@@ -216,17 +216,15 @@ mod tests {
     use super::super::{Evaluator, Sample, Savings, Work};
     use super::*;
     use crate::objective::{Aggregate, FitnessKind, Objective};
-    use evop_model::{Checkpoint, DType, Gene};
+    use evop_model::Gene;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha8Rng;
     use std::collections::HashMap;
-    use std::path::Path;
     use std::sync::OnceLock;
 
     #[test]
     fn patterns_side_by_side_score_as_they_do_one_after_the_other() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
-        let decoder = Checkpoint::open(&path).unwrap().decoder(&Device::Cpu, DType::F32).unwrap();
+        let decoder = crate::testing::tiny();
         let supernet = Supernet::raw(&decoder);
         let samples: Vec<Sample> = [30, 41, 24].iter().map(|n| Sample { tokens: (0..*n).map(|i| i * 97 % 4_000).collect(), cluster: 0 }).collect();
         let mut rng = ChaCha8Rng::seed_from_u64(5);

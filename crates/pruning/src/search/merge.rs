@@ -179,13 +179,11 @@ fn in_memory(name: &str, expected: &str, found: &str) -> evop_model::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use evop_model::{Checkpoint, NoCache, Span};
-    use std::path::Path;
+    use evop_model::{NoCache, Span};
 
     #[test]
     fn the_doubled_layer_adds_what_both_layers_compute_on_the_same_stream() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
-        let decoder = Checkpoint::open(&path).unwrap().decoder(&Device::Cpu, DType::F32).unwrap();
+        let decoder = crate::testing::tiny();
         let (into, from) = (3, 4);
         let tokens = [5, 17, 300, 4, 1000, 12, 9];
         let batch = decoder.batch(&[Span::prompt(tokens.len())]).unwrap();
