@@ -26,6 +26,10 @@ mod shutdown;
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
+/// A pass allocates and frees megabytes of activations; the system's allocator gives them back each time, and every pass faults them in again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Prunes large language models and serves them behind an OpenAI-compatible API.
 #[derive(Debug, Parser)]
 #[command(name = "evop", version, arg_required_else_help = true, propagate_version = true)]
@@ -88,7 +92,7 @@ fn main() -> ExitCode {
         Command::Prune(args) => commands::prune::run(&args),
         Command::Compare(args) => commands::compare::run(&args),
         Command::Eval(args) => commands::eval::run(&args),
-        Command::Bench(args) => commands::bench::run(&args),
+        Command::Bench(args) => commands::bench::run(&args, threads),
         Command::Inspect(args) => commands::inspect::run(&args),
         Command::Export(args) => commands::export::run(&args),
         Command::Vocab(args) => commands::vocab::run(&args),

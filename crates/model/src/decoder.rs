@@ -8,6 +8,7 @@ use crate::batch::{Batch, Span};
 use crate::cache::KvCache;
 use crate::config::{Config, LayerShape, Positions};
 use crate::device::compute_dtype;
+use crate::kernels;
 use crate::linear::{Linear, Norm, Types};
 use crate::pattern::{Gene, Pattern};
 use crate::source::{Source, TensorNames};
@@ -198,7 +199,8 @@ impl Decoder {
 
     /// The residual stream after a sub-block whose output layer gave `update`.
     pub fn add(&self, block: &SubBlock, hidden: &Tensor, update: &Tensor) -> Result<Tensor> {
-        let sum = (hidden + update)?;
+        let on_cpu = hidden.device().is_cpu() && hidden.dtype() == DType::F32;
+        let sum = if on_cpu { kernels::elementwise::add(hidden, update)? } else { (hidden + update)? };
         if self.config.pre_norm { Ok(sum) } else { block.norm.forward(&sum) }
     }
 
@@ -210,10 +212,22 @@ impl Decoder {
 
     /// Final norm and head: [rows, hidden] -> [rows, vocab] in f32.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let normed = match &self.final_norm {
-            Some(norm) => norm.forward(hidden)?,
-            None => hidden.clone(),
-        };
-        Ok(self.head.forward(&normed)?.to_dtype(DType::F32)?)
+        Ok(self.head.forward(&self.normed(hidden)?)?.to_dtype(DType::F32)?)
+    }
+
+    /// Natural logarithms of the probabilities of next tokens after every row of the residual stream [rows, hidden]: `ids` are as many of each row, to
+    /// as many numbers. Needs no room for logits.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a token beyond the vocabulary or a number of ids that isn't a multiple of the rows.
+    pub fn log_probabilities(&self, hidden: &Tensor, ids: &[u32]) -> Result<Vec<f32>> {
+        kernels::head::log_probabilities(&self.normed(hidden)?, &self.head, ids)
+    }
+
+    fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
+        match &self.final_norm {
+            Some(norm) => norm.forward(hidden),
+            None => Ok(hidden.clone()),
+        }
     }
 }

@@ -97,11 +97,22 @@ impl Linear {
 
     /// x [rows, in] -> [rows, out]. On the CPU a row's result doesn't depend on the other rows (`kernels::matmul`).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = if x.device().is_cpu() && x.dtype() == DType::F32 {
-            kernels::matmul::linear(x, &self.weight)?
+        let [y] = Self::forward_all([self], x)?;
+        Ok(y)
+    }
+
+    /// Several layers over the same x, in one go on the CPU.
+    pub(crate) fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let products = if x.device().is_cpu() && x.dtype() == DType::F32 {
+            kernels::matmul::linears(x, layers.map(|l| &l.weight))?.into()
         } else {
-            x.contiguous()?.matmul(&self.weight.t()?)?
+            layers.iter().map(|l| Ok(x.contiguous()?.matmul(&l.weight.t()?)?)).collect::<Result<Vec<_>>>()?
         };
+        let biased = layers.iter().zip(products).map(|(l, y)| l.biased(y)).collect::<Result<Vec<_>>>()?;
+        biased.try_into().map_err(|_| crate::Error::Input("a layer was lost".into()))
+    }
+
+    fn biased(&self, y: Tensor) -> Result<Tensor> {
         Ok(match &self.bias {
             Some(bias) => y.broadcast_add(bias)?,
             None => y,
@@ -153,6 +164,7 @@ impl Norm {
         let x = x.contiguous()?;
         Ok(match &self.bias {
             Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
+            None if x.device().is_cpu() && x.dtype() == DType::F32 => kernels::elementwise::rms_norm(&x, &self.weight, self.eps)?,
             None => ops::rms_norm(&x, &self.weight, self.eps)?,
         })
     }

@@ -128,22 +128,27 @@ impl SubBlock {
             Inner::Attention { q, k, v, qk_norm, spec } => {
                 let AttentionSpec { kv_groups, head_dim, .. } = *spec;
                 let tokens = x.dim(0)?;
-                let mut q = q.forward(x)?.reshape((tokens, spec.heads(), head_dim))?;
-                let mut k = k.forward(x)?.reshape((tokens, kv_groups, head_dim))?;
-                let v = v.forward(x)?.reshape((tokens, kv_groups, head_dim))?;
+                let [q, k, v] = Linear::forward_all([q, k, v], x)?;
+                let mut q = q.reshape((tokens, spec.heads(), head_dim))?;
+                let mut k = k.reshape((tokens, kv_groups, head_dim))?;
+                let v = v.reshape((tokens, kv_groups, head_dim))?;
                 if let Some((q_norm, k_norm)) = qk_norm {
                     (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
                 }
                 if let Some((cos, sin)) = &batch.rope {
-                    let rotate = |t: Tensor| -> Result<Tensor> { Ok(rope_thd(&t.unsqueeze(0)?, cos, sin)?.squeeze(0)?) };
+                    let rotate = |t: Tensor| -> Result<Tensor> {
+                        if t.device().is_cpu() && t.dtype() == DType::F32 {
+                            return kernels::elementwise::rotate(&t, cos, sin);
+                        }
+                        Ok(rope_thd(&t.unsqueeze(0)?, cos, sin)?.squeeze(0)?)
+                    };
                     (q, k) = (rotate(q)?, rotate(k)?);
                 }
                 cache.attend(layer, spec, &q, &k, &v, batch)
             }
             Inner::Mlp { gate, up, activation } => {
-                let up = up.forward(x)?;
-                let Some(gate) = gate else { return activate(&up, *activation) };
-                let gate = gate.forward(x)?;
+                let Some(gate) = gate else { return activate(&up.forward(x)?, *activation) };
+                let [gate, up] = Linear::forward_all([gate, up], x)?;
                 if *activation == Activation::Silu && gate.device().is_cpu() && gate.dtype() == DType::F32 {
                     return kernels::elementwise::silu_mul(&gate, &up);
                 }

@@ -44,6 +44,20 @@ pub struct Objective {
     pub key_tokens: f64,
 }
 
+impl std::fmt::Display for Objective {
+    /// Such as `kl, 50% of it key tokens`; the plain mean goes without saying.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.kind)?;
+        if self.key_tokens > 0.0 {
+            write!(f, ", {:.0}% of it key tokens", 100.0 * self.key_tokens)?;
+        }
+        if self.aggregate != Aggregate::Mean {
+            write!(f, ", {}", self.aggregate)?;
+        }
+        Ok(())
+    }
+}
+
 /// What a pattern scored; lower is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fitness {

@@ -1,4 +1,6 @@
-//! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it.
+//! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it, and how fast a search can run.
+
+mod search;
 
 use super::model_args::ModelArgs;
 use crate::models::ModelSource;
@@ -13,7 +15,8 @@ use std::time::Instant;
 #[derive(Debug, Clone, Args)]
 #[command(after_help = "Examples:\n  \
     evop bench decode --model ./pruned --against ./SmolLM2 --batch 1,4,16\n  \
-    evop bench prefill --model ./pruned --against ./SmolLM2 --length 512 --dtype bf16")]
+    evop bench prefill --model ./pruned --against ./SmolLM2 --length 512 --dtype bf16\n  \
+    evop bench search --model ./SmolLM2 --dtype bf16 --threads 1")]
 pub struct BenchArgs {
     #[command(subcommand)]
     pub what: Bench,
@@ -26,6 +29,8 @@ pub enum Bench {
     Decode(DecodeArgs),
     /// Prompt tokens a second.
     Prefill(PrefillArgs),
+    /// Block-forwards a second, which a pruning search consists of, and their share of what the machine multiplies.
+    Search(search::SearchArgs),
 }
 
 /// What both have.
@@ -87,16 +92,30 @@ struct Line {
     ideal_by_flops: Option<f64>,
 }
 
-/// Runs the command.
-pub fn run(args: &BenchArgs) -> Result<()> {
-    let (common, sizes, longest) = match &args.what {
-        Bench::Decode(a) => (&a.common, &a.batch, a.prompt + a.tokens),
-        Bench::Prefill(a) => (&a.common, &a.length, a.length.iter().copied().max().unwrap_or(0)),
-    };
-    let least = match &args.what {
-        Bench::Decode(a) => a.batch.iter().copied().chain([a.prompt, a.tokens]).min(),
-        Bench::Prefill(a) => a.length.iter().copied().min(),
-    };
+/// Runs the command. `threads` is how many compute.
+pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
+    match &args.what {
+        Bench::Decode(a) => {
+            let least = a.batch.iter().copied().chain([a.prompt, a.tokens]).min();
+            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, |d, size| decode(d, size, a.prompt, a.tokens))
+        }
+        Bench::Prefill(a) => {
+            let ends = (a.length.iter().copied().min(), a.length.iter().copied().max());
+            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), prefill)
+        }
+        Bench::Search(a) => search::run(a, threads),
+    }
+}
+
+/// Measures every size, in turns with the other checkpoint, and prints the lines. `least` and `longest` are checked against what a model can take.
+fn speeds(
+    common: &CommonArgs,
+    what: &str,
+    sizes: &[usize],
+    least: Option<usize>,
+    longest: usize,
+    measure: impl Fn(&Decoder, usize) -> Result<f64>,
+) -> Result<()> {
     if least.is_none_or(|n| n == 0) {
         bail!("sizes and lengths: expected at least 1, found 0");
     }
@@ -107,10 +126,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             bail!("{longest} tokens: expected at most the model's context of {}", config.max_position_embeddings);
         }
     }
-    let measure = |decoder: &Decoder, size: usize| match &args.what {
-        Bench::Decode(a) => decode(decoder, size, a.prompt, a.tokens),
-        Bench::Prefill(_) => prefill(decoder, size),
-    };
     let mut lines = Vec::new();
     for size in sizes {
         let (mut own, mut others) = (Vec::new(), Vec::new());
@@ -125,7 +140,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let ideal = |of: &dyn Fn(&Config) -> usize| other.as_ref().map(|o| of(o.config()) as f64 / of(decoder.config()) as f64);
         let with_head = |c: &Config| c.block_parameters() + c.vocab_size * c.hidden_size;
         // (a prompt needs the head for its last token only)
-        let multiplied = |c: &Config| if matches!(args.what, Bench::Decode(_)) { with_head(c) } else { c.block_parameters() };
+        let multiplied = |c: &Config| if what == "sequences" { with_head(c) } else { c.block_parameters() };
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
@@ -139,10 +154,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&lines)?);
         return Ok(());
     }
-    let what = match &args.what {
-        Bench::Decode(_) => "sequences",
-        Bench::Prefill(_) => "prompt",
-    };
     println!("{what:>9}{:>12}{:>20}{:>12}{:>20}{:>10}{:>10}{:>10}", "tokens/s", "from - to", "against", "from - to", "speed-up", "by bytes", "by FLOPs");
     for line in lines {
         let range = |s: [f64; 3]| format!("{:.1} - {:.1}", s[1], s[2]);

@@ -156,11 +156,12 @@ pub fn print_table(outcome: &Outcome) {
         println!("{name:<34}{dense:>12.digits$}{pruned:>12.digits$}{ratio:>9}");
     };
     row(&format!("perplexity (windows of {})", outcome.dense.window), outcome.dense.perplexity, outcome.pruned.perplexity, 3);
-    row(&format!("calibration {}, nats a token", outcome.run.options.objective.kind), outcome.dense_loss, outcome.found.fitness.loss, 4);
+    row("calibration loss, nats a token", outcome.dense_loss, outcome.found.fitness.loss, 4);
     row("parameters, millions", millions(outcome.parameters.0), millions(outcome.parameters.1), 3);
     row("block parameters, millions", millions(outcome.block_parameters.0), millions(outcome.block_parameters.1), 3);
     row("KV cache bytes per token (16-bit)", outcome.kv_bytes_per_token.0 as f64, outcome.kv_bytes_per_token.1 as f64, 0);
-    println!("\nsearch: {}", report::work_text(outcome.work));
+    println!("\nloss: {}", outcome.run.options.objective);
+    println!("search: {}", report::work_text(outcome.work));
     if outcome.certificate.is_some() {
         println!("certificate: {}", report::work_text(outcome.certificate_work));
         let mut both = outcome.work;

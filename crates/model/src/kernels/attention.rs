@@ -2,7 +2,7 @@
 
 use super::dot::{self, RowMajor};
 use super::elementwise::softmax;
-use super::{SharedOut, with_slice};
+use super::{SharedOut, unfilled, with_slice};
 use crate::Result;
 use crate::attention::AttentionSpec;
 use crate::batch::Span;
@@ -87,7 +87,7 @@ pub(crate) fn attend_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Te
 pub(crate) fn attend(spec: &AttentionSpec, q: &Tensor, sequences: &[Sequence<'_>]) -> Result<Tensor> {
     let tokens = q.dim(0)?;
     let width = spec.heads() * spec.head_dim;
-    let mut out = vec![0f32; tokens * width];
+    let mut out = unfilled(tokens * width);
     let target = SharedOut(out.as_mut_ptr());
     // (sequence, group, first query, packed row of the first query)
     let mut tasks = Vec::new();
@@ -139,6 +139,8 @@ fn tile(spec: &AttentionSpec, q: &[f32], sequence: &Sequence<'_>, group: usize, 
     let head = |line: usize| group * group_size + line % group_size;
     // SAFETY: these (row, head) belong to this task alone
     let out: Vec<*mut f32> = (0..lines).map(|line| unsafe { out.get().add((row + line / group_size) * width + head(line) * d) }).collect();
+    // SAFETY: d elements each
+    out.iter().for_each(|line| unsafe { line.write_bytes(0, d) });
     for (key, rows, count) in sequence.v.runs(spec, group, first_key, last_key) {
         let start = key - first_key;
         let within: Vec<(usize, usize)> =

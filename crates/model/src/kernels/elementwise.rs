@@ -1,6 +1,6 @@
-//! exp without libm, and what is built on it: softmax rows and silu(gate) * up.
+//! What happens to activations between the products: norms, rotations, sums, and exp without libm with what is built on it.
 
-use super::{SharedOut, filled, with_slice};
+use super::{filled, with_slice};
 use crate::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -58,8 +58,14 @@ macro_rules! widest {
 
 // Replaces scores by their softmax.
 widest!(softmax, softmax_body, (row: &mut [f32]));
-// ln(sum(exp(row))): f32 lanes within blocks of 1,024, the blocks added in f64, since a vocabulary has too many terms for an f32 sum.
-widest!(log_sum_exp, log_sum_exp_body, (row: &[f32]) -> f32);
+// The largest element and the sum of exp(element - largest).
+widest!(exp_sum, exp_sum_body, (row: &[f32]) -> (f32, f32));
+// row / sqrt(mean(row^2) + eps) * weight.
+widest!(rms_norm_row, rms_norm_body, (row: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
+// A head's halves (a, b) turned by the angles: (a cos - b sin, a sin + b cos).
+widest!(rotate_head, rotate_body, (head: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]));
+// a + b.
+widest!(add_chunk, add_body, (a: &[f32], b: &[f32], out: &mut [f32]));
 // silu(gate) * up.
 widest!(silu_mul_chunk, silu_mul_body, (gate: &[f32], up: &[f32], out: &mut [f32]));
 
@@ -98,21 +104,17 @@ fn softmax_body(row: &mut [f32]) {
 }
 
 #[inline(always)]
-fn log_sum_exp_body(row: &[f32]) -> f32 {
+fn exp_sum_body(row: &[f32]) -> (f32, f32) {
     let max = maximum(row);
-    let mut sum = 0f64;
-    for block in row.chunks(1024) {
-        let mut lanes = [0f32; LANES];
-        let chunks = block.chunks_exact(LANES);
-        let rest: f32 = chunks.remainder().iter().map(|v| exp(*v - max)).sum();
-        for chunk in chunks {
-            for lane in 0..LANES {
-                lanes[lane] += exp(chunk[lane] - max);
-            }
+    let mut lanes = [0f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|v| exp(*v - max)).sum();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] += exp(chunk[lane] - max);
         }
-        sum += f64::from(rest + total(lanes));
     }
-    (f64::from(max) + sum.ln()) as f32
+    (max, rest + total(lanes))
 }
 
 /// The largest element; NaN only if all are.
@@ -129,31 +131,107 @@ fn maximum(row: &[f32]) -> f32 {
     lanes.iter().fold(rest, |m, v| m.max(*v))
 }
 
+/// Elements of a task: a few tasks fill a core's first-level cache.
+const CHUNK: usize = 8 * 1024;
+
+/// Writes `len` elements in parts of whole `unit`s, several at a time where there are many: `part(first, out)` writes those from `first` on.
+fn in_parts(len: usize, unit: usize, part: impl Fn(usize, &mut [f32]) + Sync) -> Result<Vec<f32>> {
+    filled(len, |out| {
+        let chunk = (CHUNK / unit.max(1)).max(1) * unit.max(1);
+        if len <= 2 * chunk {
+            part(0, out);
+        } else {
+            out.par_chunks_mut(chunk).enumerate().for_each(|(i, out)| part(i * chunk, out));
+        }
+        Ok(())
+    })
+}
+
 /// silu(gate) * up on the CPU, one pass; both [rows, ffn].
 pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let out = filled(gate.elem_count(), |out| with_slice(gate, |gate| with_slice(up, |up| silu_mul_slices(gate, up, out)))?)?;
+    let out = with_slice(gate, |gate| {
+        with_slice(up, |up| in_parts(gate.len(), 1, |first, out| silu_mul_chunk(&gate[first..][..out.len()], &up[first..][..out.len()], out)))
+    })???;
     Ok(Tensor::from_vec(out, gate.shape(), gate.device())?)
 }
 
-fn silu_mul_slices(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    const CHUNK: usize = 8 * 1024;
-    let target = SharedOut(out.as_mut_ptr());
-    let task = |start: usize| {
-        let end = gate.len().min(start + CHUNK);
-        // SAFETY: chunks don't overlap
-        let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(start), end - start) };
-        silu_mul_chunk(&gate[start..end], &up[start..end], out);
-    };
-    if gate.len() <= CHUNK {
-        return task(0);
-    }
-    (0..gate.len().div_ceil(CHUNK)).into_par_iter().for_each(|i| task(i * CHUNK));
+/// a + b on the CPU, of one shape.
+pub(crate) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let out =
+        with_slice(a, |a| with_slice(b, |b| in_parts(a.len(), 1, |first, out| add_chunk(&a[first..][..out.len()], &b[first..][..out.len()], out))))???;
+    Ok(Tensor::from_vec(out, a.shape(), a.device())?)
+}
+
+/// x / sqrt(mean(x^2) + eps) * weight over the last dimension, on the CPU.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    let out = with_slice(x, |x| {
+        with_slice(weight, |weight| {
+            let width = weight.len();
+            in_parts(x.len(), width, |first, out| {
+                x[first..][..out.len()].chunks(width).zip(out.chunks_mut(width)).for_each(|(row, out)| rms_norm_row(row, weight, eps, out));
+            })
+        })
+    })???;
+    Ok(Tensor::from_vec(out, x.shape(), x.device())?)
+}
+
+/// Rotary position embedding of x [tokens, heads, d] on the CPU; cos and sin [1, tokens, d / 2].
+pub(crate) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (_, heads, d) = x.dims3()?;
+    let (row, half) = (heads * d, d / 2);
+    let out = with_slice(x, |x| {
+        with_slice(cos, |cos| {
+            with_slice(sin, |sin| {
+                in_parts(x.len(), row, |first, out| {
+                    for (i, (heads, out)) in x[first..][..out.len()].chunks(row).zip(out.chunks_mut(row)).enumerate() {
+                        let angles = (first / row + i) * half;
+                        let (cos, sin) = (&cos[angles..angles + half], &sin[angles..angles + half]);
+                        heads.chunks(d).zip(out.chunks_mut(d)).for_each(|(head, out)| rotate_head(head, cos, sin, out));
+                    }
+                })
+            })
+        })
+    })????;
+    Ok(Tensor::from_vec(out, x.shape(), x.device())?)
 }
 
 #[inline(always)]
 fn silu_mul_body(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((g, u), o) in gate.iter().zip(up).zip(out) {
         *o = g / (1.0 + exp(-g)) * u;
+    }
+}
+
+#[inline(always)]
+fn add_body(a: &[f32], b: &[f32], out: &mut [f32]) {
+    for ((a, b), o) in a.iter().zip(b).zip(out) {
+        *o = a + b;
+    }
+}
+
+#[inline(always)]
+fn rms_norm_body(row: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mut lanes = [0f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|v| v * v).sum();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = chunk[lane].mul_add(chunk[lane], lanes[lane]);
+        }
+    }
+    let scale = ((rest + total(lanes)) / row.len() as f32 + eps).sqrt().recip();
+    for ((v, w), o) in row.iter().zip(weight).zip(out) {
+        *o = v * scale * w;
+    }
+}
+
+#[inline(always)]
+fn rotate_body(head: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
+    let (a, b) = head.split_at(cos.len());
+    let (out_a, out_b) = out.split_at_mut(cos.len());
+    for i in 0..cos.len() {
+        out_a[i] = a[i] * cos[i] - b[i] * sin[i];
+        out_b[i] = a[i] * sin[i] + b[i] * cos[i];
     }
 }
 
@@ -170,6 +248,26 @@ mod tests {
             x += 0.0137;
         }
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn norm_rotation_and_sum_equal_the_tensor_library_s() {
+        use candle_core::Device;
+        let near = |a: &Tensor, b: &Tensor| {
+            let (a, b) = (a.flatten_all().unwrap().to_vec1::<f32>().unwrap(), b.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            assert!(a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5 * b.abs().max(1.0)));
+        };
+        for (tokens, heads, d) in [(1, 1, 2), (3, 2, 10), (300, 9, 64)] {
+            let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+            let (x, y) = (random(&[tokens, heads * d]), random(&[tokens, heads * d]));
+            let weight = random(&[heads * d]);
+            near(&rms_norm(&x, &weight, 1e-5).unwrap(), &candle_nn::ops::rms_norm(&x, &weight, 1e-5).unwrap());
+            near(&add(&x, &y).unwrap(), &(&x + &y).unwrap());
+            let (cos, sin) = (random(&[1, tokens, d / 2]), random(&[1, tokens, d / 2]));
+            let x = x.reshape((tokens, heads, d)).unwrap();
+            let theirs = candle_nn::rotary_emb::rope_thd(&x.unsqueeze(0).unwrap(), &cos, &sin).unwrap();
+            near(&rotate(&x, &cos, &sin).unwrap(), &theirs);
+        }
     }
 
     #[test]

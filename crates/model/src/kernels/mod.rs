@@ -9,7 +9,10 @@ mod amx;
 pub(crate) mod attention;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
+pub(crate) mod head;
 pub mod matmul;
+
+pub use head::of_logits as log_probabilities;
 
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
@@ -28,28 +31,38 @@ pub fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> 
     }
 }
 
-/// Calls `f` with a bf16 CPU matrix [out, in] (in-adjacent elements; rows may be longer than `in`) from its first element on, and its rows' stride.
+/// The matrix, or a copy of it whose rows' elements are adjacent (rows may be further apart).
+pub(crate) fn with_adjacent(matrix: &Tensor) -> Result<Tensor> {
+    let (_, columns) = matrix.dims2()?;
+    Ok(if matrix.stride()[1] == 1 || columns == 1 { matrix.clone() } else { matrix.contiguous()? })
+}
+
+/// Calls `f` with a bf16 CPU matrix [out, in] from its first element on, and its rows' stride.
 pub(crate) fn with_bf16_rows<T>(matrix: &Tensor, f: impl FnOnce(&[bf16], usize) -> T) -> Result<T> {
-    let strides = matrix.stride();
-    let matrix = if strides[1] == 1 || matrix.dims()[1] == 1 { matrix.clone() } else { matrix.contiguous()? };
-    let stride = matrix.stride()[0];
+    let matrix = with_adjacent(matrix)?;
     let (storage, layout) = matrix.storage_and_layout();
     let Storage::Cpu(CpuStorage::BF16(values)) = &*storage else {
         return Err(crate::Error::Device(format!("a CPU kernel was given a {:?} matrix on {:?}", matrix.dtype(), matrix.device())));
     };
-    Ok(f(&values[layout.start_offset()..], stride))
+    Ok(f(&values[layout.start_offset()..], matrix.stride()[0]))
 }
 
 /// A vector of `len` elements, all of which `fill` writes: the memory is not cleared before.
 pub(crate) fn filled(len: usize, fill: impl FnOnce(&mut [f32]) -> Result<()>) -> Result<Vec<f32>> {
+    let mut values = unfilled(len);
+    fill(&mut values)?;
+    Ok(values)
+}
+
+/// Memory for a kernel that writes every element and reads none before.
+fn unfilled(len: usize) -> Vec<f32> {
     let mut values: Vec<f32> = Vec::with_capacity(len);
-    // SAFETY: the kernels write every element and read none; any bits are an f32
+    // SAFETY: any bits are an f32
     #[allow(clippy::uninit_vec)]
     unsafe {
         values.set_len(len);
     }
-    fill(&mut values)?;
-    Ok(values)
+    values
 }
 
 /// A pointer that may cross threads: each task writes elements of its own only.
@@ -66,9 +79,4 @@ impl SharedOut {
     pub fn get(self) -> *mut f32 {
         self.0
     }
-}
-
-/// ln(sum(exp(values))), exact to f32, its order of sums fixed by the row's length.
-pub fn log_sum_exp(values: &[f32]) -> f32 {
-    elementwise::log_sum_exp(values)
 }

@@ -3,7 +3,6 @@
 use super::encode::Encoded;
 use super::shared_prefix::Pack;
 use crate::Result;
-use crate::loss::log_probabilities;
 use evop_model::{Decoder, Tensor, kernels};
 use rayon::prelude::*;
 
@@ -70,7 +69,7 @@ fn score(decoder: &Decoder, pack: &Pack, group: &[Vec<Encoded>]) -> Result<Vec<L
         let most = rows.iter().map(|targets| targets.len()).max().unwrap_or(1);
         // (as many of each row: the last again where a row has fewer)
         let ids: Vec<u32> = rows.iter().flat_map(|targets| (0..most).map(|i| targets[i.min(targets.len() - 1)].token)).collect();
-        let log_probabilities = log_probabilities(&logits, &ids)?;
+        let log_probabilities = kernels::log_probabilities(&logits, &ids)?;
         let best = greedy_tokens(&logits)?;
         for ((targets, best), found) in rows.iter().zip(best).zip(log_probabilities.chunks(most)) {
             for (target, log_probability) in targets.iter().zip(found) {

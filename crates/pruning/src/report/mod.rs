@@ -103,12 +103,11 @@ pub(crate) fn html(outcome: &Outcome) -> String {
         outcome.kept_of_budgets.iter().map(|(b, kept)| format!("{:?} {:.4} of at most {}", b.resource, kept, b.keep).to_lowercase()).collect();
     let _ = write!(
         page,
-        "<h1>{model}, pruned by EvoP</h1><p>Strategy <b>{}</b>, space <b>{}</b>, kept: <b>{}</b>, objective {} ({}), seed {}. The pattern is {}.</p>",
+        "<h1>{model}, pruned by EvoP</h1><p>Strategy <b>{}</b>, space <b>{}</b>, kept: <b>{}</b>, objective {}, seed {}. The pattern is {}.</p>",
         options.search.strategy,
         options.space.space,
         escape(&kept.join(", ")),
-        options.objective.kind,
-        options.objective.aggregate,
+        options.objective,
         options.search.seed,
         escape(&certificate_text(outcome))
     );
@@ -118,7 +117,7 @@ pub(crate) fn html(outcome: &Outcome) -> String {
         let _ = write!(page, "<tr><td>{name}</td><td>{dense:.digits$}</td><td>{pruned:.digits$}</td><td>{ratio}</td></tr>");
     };
     row("perplexity on text never seen", outcome.dense.perplexity, outcome.pruned.perplexity, 3);
-    row(&format!("calibration {}, nats a token", options.objective.kind), outcome.dense_loss, outcome.found.fitness.loss, 4);
+    row(&format!("calibration loss in nats a token ({})", options.objective), outcome.dense_loss, outcome.found.fitness.loss, 4);
     row("parameters", outcome.parameters.0 as f64, outcome.parameters.1 as f64, 0);
     row("block parameters", outcome.block_parameters.0 as f64, outcome.block_parameters.1 as f64, 0);
     row("KV cache bytes per token (16-bit)", outcome.kv_bytes_per_token.0 as f64, outcome.kv_bytes_per_token.1 as f64, 0);
