@@ -1,8 +1,8 @@
 //! What `evop serve` can be told: one struct, every flag also an environment variable.
 
 use clap::{Args, ValueEnum};
-use evop_model::DType;
 use evop_model::device::DeviceChoice;
+use evop_model::{DType, WeightType};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -110,6 +110,9 @@ pub enum DTypeChoice {
     F32,
     /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX).
     Bf16,
+    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only. Runs and measures a model; pruning needs f32 or bf16.
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 impl DTypeChoice {
@@ -118,12 +121,13 @@ impl DTypeChoice {
         Self::from_str(name, true).unwrap_or(Self::Auto)
     }
 
-    /// The number type, if one was asked for.
-    pub fn dtype(self) -> Option<DType> {
+    /// What matrices are to be held in, if it was said.
+    pub fn weights(self) -> Option<WeightType> {
         match self {
             Self::Auto => None,
-            Self::F32 => Some(DType::F32),
-            Self::Bf16 => Some(DType::BF16),
+            Self::F32 => Some(DType::F32.into()),
+            Self::Bf16 => Some(DType::BF16.into()),
+            Self::Q8_0 => Some(WeightType::Q8_0),
         }
     }
 }

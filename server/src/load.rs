@@ -5,8 +5,8 @@ use crate::memory;
 use crate::openai::token_text::TokenText;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
-use evop_model::device::compute_dtype;
-use evop_model::{Checkpoint, DType, Decoder, Device};
+use evop_model::device::weight_type;
+use evop_model::{Checkpoint, DType, Decoder, Device, WeightType};
 use evop_serving::{ChatRenderer, Engine, EngineConfig};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -44,14 +44,14 @@ pub struct Identity {
 /// The device can't be had.
 pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<MemoryNeed> {
     let device = config.device.open()?;
-    let dtype = compute_dtype(&device, config.dtype.dtype())?;
+    let weights = weight_type(&device, config.dtype.weights())?;
     if !device.is_cpu() {
         return Ok(MemoryNeed { needed_bytes: 0, available_bytes: None });
     }
     let model = checkpoint.config();
     let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
     let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(DType::F32.size_in_bytes()), |size| size.0);
-    Ok(MemoryNeed { needed_bytes: model.parameters() * dtype.size_in_bytes() + cache, available_bytes: memory::available_bytes() })
+    Ok(MemoryNeed { needed_bytes: weights.bytes(model.parameters()) + cache, available_bytes: memory::available_bytes() })
 }
 
 /// Loads the weights and starts the engine. Blocks for as long as that takes.
@@ -61,8 +61,8 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
 pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -> Result<Served> {
     let start = Instant::now();
     let device = config.device.open()?;
-    let dtype = compute_dtype(&device, config.dtype.dtype())?;
-    let decoder = load_decoder(checkpoint, &device, dtype)?;
+    let weights = weight_type(&device, config.dtype.weights())?;
+    let decoder = load_decoder(checkpoint, &device, weights)?;
     let model = decoder.config().clone();
     let engine_config = engine_config(&decoder, config)?;
     let mut eos_token_ids = model.eos_token_ids.clone();
@@ -79,7 +79,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         tracing::warn!(message, "chat completions are not available");
     }
     tracing::info!(
-        model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), dtype = ?dtype,
+        model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), weights = weights.as_str(),
         max_model_len = engine_config.max_model_len, kv_bytes = engine_config.kv_budget_bytes, seconds = start.elapsed().as_secs_f32(), "model loaded"
     );
     Ok(Served {
@@ -98,8 +98,8 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     })
 }
 
-fn load_decoder(checkpoint: &Checkpoint, device: &Device, dtype: DType) -> Result<Decoder> {
-    checkpoint.decoder(device, dtype).context("the weights can't be loaded")
+fn load_decoder(checkpoint: &Checkpoint, device: &Device, weights: WeightType) -> Result<Decoder> {
+    checkpoint.decoder(device, weights).context("the weights can't be loaded")
 }
 
 /// The engine's own defaults, with what the server was told.

@@ -7,8 +7,8 @@ use crate::gguf;
 use crate::heterogeneous;
 use crate::safetensors_source::{Bytes, SafetensorsSource};
 use crate::source::{Source, TensorNames};
-use crate::{Error, Result};
-use candle_core::{DType, Device};
+use crate::{Error, Result, WeightType};
+use candle_core::Device;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -202,8 +202,8 @@ impl Checkpoint {
     }
 
     /// Loads the weights to a device.
-    pub fn decoder(&self, device: &Device, dtype: DType) -> Result<Decoder> {
-        Decoder::load(&self.config, self.source.as_ref(), device, dtype)
+    pub fn decoder(&self, device: &Device, weights: impl Into<WeightType>) -> Result<Decoder> {
+        Decoder::load(&self.config, self.source.as_ref(), device, weights)
     }
 }
 

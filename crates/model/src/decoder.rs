@@ -7,8 +7,9 @@ use crate::attention::AttentionSpec;
 use crate::batch::{Batch, Span};
 use crate::cache::KvCache;
 use crate::config::{Config, LayerShape, Positions};
-use crate::device::compute_dtype;
+use crate::device::weight_type;
 use crate::kernels;
+use crate::matrix::{Matrix, WeightType};
 use crate::linear::{Linear, Norm, Types};
 use crate::pattern::{Gene, Pattern};
 use crate::source::{Source, TensorNames};
@@ -21,7 +22,7 @@ use std::ops::Range;
 #[derive(Debug, Clone)]
 pub struct Decoder {
     config: Config,
-    pub(crate) embedding: Tensor,
+    pub(crate) embedding: Matrix,
     /// Learned positions (OPT).
     pub(crate) positions: Option<Tensor>,
     /// Two a layer, attention first; an absent one is the identity on the residual stream.
@@ -37,12 +38,11 @@ impl Decoder {
     ///
     /// # Errors
     /// [`Error::Tensor`] for a missing, misshapen or non-finite tensor; [`Error::Device`] for a dtype that the device can't compute in.
-    pub fn load(config: &Config, source: &dyn Source, device: &Device, dtype: DType) -> Result<Self> {
-        compute_dtype(device, Some(dtype))?;
-        let types = Types::on(device, dtype);
+    pub fn load(config: &Config, source: &dyn Source, device: &Device, weights: impl Into<WeightType>) -> Result<Self> {
+        let types = Types::on(device, weight_type(device, Some(weights.into()))?)?;
         let names = TensorNames::of(config.architecture);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embedding = source.load(names.embedding(), &[vocab, hidden], dtype, device)?;
+        let embedding = Matrix::load(source, names.embedding(), [vocab, hidden], types.weights, device)?;
         let positions = match config.positions {
             Positions::Learned { offset } => Some(source.load(names.positions(), &[config.max_position_embeddings + offset, hidden], types.compute, device)?),
             Positions::Rope(_) => None,
@@ -85,7 +85,7 @@ impl Decoder {
             });
         }
         let final_norm = if config.pre_norm { Some(norm(names.final_norm(), hidden)?) } else { None };
-        let head = if config.tie_word_embeddings { Linear::new(embedding.clone(), None)? } else { linear(names.head().to_string(), vocab, hidden, false)? };
+        let head = if config.tie_word_embeddings { Linear::over(embedding.clone()) } else { linear(names.head().to_string(), vocab, hidden, false)? };
         Ok(Self { config: config.clone(), embedding, positions, sub_blocks, final_norm, head, device: device.clone(), types })
     }
 
@@ -128,7 +128,7 @@ impl Decoder {
     }
 
     /// What its matrices are held in.
-    pub fn weight_dtype(&self) -> DType {
+    pub fn weight_type(&self) -> WeightType {
         self.types.weights
     }
 
@@ -167,8 +167,7 @@ impl Decoder {
         if let Some(token) = tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
             return Err(Error::Input(format!("token id {token} is beyond the vocabulary of {}", self.config.vocab_size)));
         }
-        let ids = Tensor::from_slice(tokens, tokens.len(), &self.device)?;
-        let hidden = self.embedding.index_select(&ids, 0)?.to_dtype(self.dtype())?;
+        let hidden = self.embedding.select_rows(tokens)?.to_dtype(self.dtype())?;
         match (&self.positions, &batch.position_ids) {
             (Some(table), Some(rows)) => Ok((hidden + table.index_select(rows, 0)?)?),
             _ => Ok(hidden),

@@ -29,12 +29,12 @@ impl DecoderSource {
             let dtype = if like.shape(&name).is_some() { like.dtype(&name).unwrap_or(fallback) } else { fallback };
             source.tensors.insert(name, (tensor.clone(), dtype));
         };
-        put(names.embedding().into(), &decoder.embedding);
+        put(names.embedding().into(), &decoder.embedding.tensor()?);
         if let Some(positions) = &decoder.positions {
             put(names.positions().into(), positions);
         }
         if !decoder.config().tie_word_embeddings {
-            put(names.head().into(), decoder.head.weight());
+            put(names.head().into(), &decoder.head.weight()?);
         }
         let mut norm = |name: String, norm: &Norm| {
             // a LayerNorm without parameters has none in files
@@ -57,11 +57,12 @@ impl DecoderSource {
                 norm(names.k_norm(l), k);
             }
         }
-        let mut linear = |name: String, layer: &Linear| {
+        let mut linear = |name: String, layer: &Linear| -> Result<()> {
             if let Some(bias) = layer.bias() {
                 put(bias_of(&name), bias);
             }
-            put(name, layer.weight());
+            put(name, &layer.weight()?);
+            Ok(())
         };
         for s in 0..decoder.last_boundary() {
             let Some(block) = decoder.sub_block(s) else { continue };
@@ -69,15 +70,15 @@ impl DecoderSource {
             match &block.inner {
                 Inner::Attention { q, k, v, .. } => {
                     for (name, layer) in [(names.q(l), q), (names.k(l), k), (names.v(l), v), (names.o(l), block.output())] {
-                        linear(name, layer);
+                        linear(name, layer)?;
                     }
                 }
                 Inner::Mlp { gate, up, .. } => {
                     if let Some(gate) = gate {
-                        linear(names.gate(l), gate);
+                        linear(names.gate(l), gate)?;
                     }
-                    linear(names.up(l), up);
-                    linear(names.down(l), block.output());
+                    linear(names.up(l), up)?;
+                    linear(names.down(l), block.output())?;
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Devices and number types by name, and how many threads there really are.
 
-use crate::{Error, Result};
+use crate::{Error, Result, WeightType};
 use candle_core::{DType, Device};
 use std::str::FromStr;
 
@@ -62,18 +62,20 @@ impl DeviceChoice {
     }
 }
 
-/// The number type to hold a model in: `None` picks f32 on the CPU and bf16 on CUDA. On the CPU bf16 is for matrices; sums, activations and caches
-/// are f32 there.
+/// What to hold a model's matrices in: `None` picks f32 on the CPU and bf16 on CUDA. On the CPU sums, activations and caches are f32 whatever it is.
 ///
 /// # Errors
 /// [`Error::Device`] for a type that the device can't compute with.
-pub fn compute_dtype(device: &Device, asked: Option<DType>) -> Result<DType> {
+pub fn weight_type(device: &Device, asked: Option<WeightType>) -> Result<WeightType> {
     match asked {
-        None if device.is_cpu() => Ok(DType::F32),
-        None => Ok(DType::BF16),
-        Some(dtype @ (DType::F32 | DType::BF16)) => Ok(dtype),
-        Some(dtype) if !device.is_cpu() => Ok(dtype),
-        Some(dtype) => Err(Error::Device(format!("{dtype:?} arithmetic is not available on the CPU: expected f32 or bf16"))),
+        None if device.is_cpu() => Ok(DType::F32.into()),
+        None => Ok(DType::BF16.into()),
+        Some(of @ WeightType::Plain(DType::F32 | DType::BF16)) => Ok(of),
+        Some(WeightType::Q8_0) if !device.is_cpu() => Err(Error::Device("q8_0 is multiplied on the CPU only: expected f32, f16 or bf16 on CUDA".into())),
+        Some(of @ WeightType::Plain(_)) if device.is_cpu() => {
+            Err(Error::Device(format!("{} is not available on the CPU: expected f32, bf16 or q8_0", of.as_str())))
+        }
+        Some(of) => Ok(of),
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::config::NormKind;
 use crate::kernels;
+use crate::matrix::{Matrix, WeightType};
 use crate::source::{Source, bias_of};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops;
@@ -11,15 +12,15 @@ use candle_nn::ops;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Types {
     /// The matrices.
-    pub weights: DType,
+    pub weights: WeightType,
     /// Everything else: activations, norms, biases, caches.
     pub compute: DType,
 }
 
 impl Types {
-    /// The same type for both, but on the CPU, where bf16 matrices are multiplied into f32 sums.
-    pub fn on(device: &Device, dtype: DType) -> Self {
-        Self { weights: dtype, compute: if device.is_cpu() { DType::F32 } else { dtype } }
+    /// The same type for both, but on the CPU, where all matrices are multiplied into f32 sums.
+    pub fn on(device: &Device, weights: WeightType) -> Result<Self> {
+        Ok(Self { weights, compute: if device.is_cpu() { DType::F32 } else { weights.plain()? } })
     }
 }
 
@@ -27,7 +28,7 @@ impl Types {
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// [out, in]; may be a view of a larger matrix.
-    weight: Tensor,
+    weight: Matrix,
     /// [out].
     bias: Option<Tensor>,
 }
@@ -35,7 +36,7 @@ pub struct Linear {
 impl Linear {
     /// Loads `name` (`….weight`) of shape [out, in] as `weights` and its bias, which must be there when `bias` says so, as `compute`.
     pub(crate) fn load(source: &dyn Source, name: &str, [out, input]: [usize; 2], bias: bool, types: &Types, device: &Device) -> Result<Self> {
-        let weight = source.load(name, &[out, input], types.weights, device)?;
+        let weight = Matrix::load(source, name, [out, input], types.weights, device)?;
         let bias_name = bias_of(name);
         let bias = if bias || source.shape(&bias_name).is_some() { Some(source.load(&bias_name, &[out], types.compute, device)?) } else { None };
         Ok(Self { weight, bias })
@@ -48,10 +49,31 @@ impl Linear {
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let out = weight.dims2()?.0;
         match bias.as_ref().map(Tensor::dims) {
-            None => Ok(Self { weight, bias }),
-            Some([b]) if *b == out => Ok(Self { weight, bias }),
+            None => Ok(Self { weight: Matrix::Plain(weight), bias }),
+            Some([b]) if *b == out => Ok(Self { weight: Matrix::Plain(weight), bias }),
             Some(other) => Err(crate::Error::Input(format!("a linear layer of {out} outputs was given a bias of shape {other:?}"))),
         }
+    }
+
+    /// A layer over the same memory as a matrix, without a bias.
+    pub(crate) fn over(weight: Matrix) -> Self {
+        Self { weight, bias: None }
+    }
+
+    /// The weight where it is held in this type and there is no bias.
+    pub(crate) fn plain(&self, dtype: DType) -> Option<&Tensor> {
+        match &self.weight {
+            Matrix::Plain(weight) if weight.dtype() == dtype && self.bias.is_none() => Some(weight),
+            _ => None,
+        }
+    }
+
+    /// The same layer, its weight held in another type.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] when memory runs out.
+    pub fn held_in(&self, weights: WeightType) -> Result<Self> {
+        Ok(Self { weight: Matrix::of(&self.weight()?, weights)?, bias: self.bias.clone() })
     }
 
     /// The bias, [out].
@@ -62,37 +84,37 @@ impl Linear {
     /// The first `out` rows, as a view.
     pub(crate) fn narrow_out(&self, out: usize) -> Result<Self> {
         let bias = self.bias.as_ref().map(|b| b.narrow(0, 0, out)).transpose()?;
-        Ok(Self { weight: self.weight.narrow(0, 0, out)?, bias })
+        Ok(Self { weight: self.weight.narrow_rows(out)?, bias })
     }
 
     /// The first `input` columns, as a view; a copy where the device's products take whole matrices only.
     pub(crate) fn narrow_in(&self, input: usize) -> Result<Self> {
-        let view = self.weight.narrow(1, 0, input)?;
-        let weight = if view.device().is_cpu() { view } else { view.contiguous()? };
-        Ok(Self { weight, bias: self.bias.clone() })
+        Ok(Self { weight: self.weight.narrow_columns(input)?, bias: self.bias.clone() })
     }
 
     /// Rows in another order (or some of them), as a copy.
     pub(crate) fn select_out(&self, rows: &[u32]) -> Result<Self> {
-        let index = Tensor::from_slice(rows, rows.len(), self.weight.device())?;
+        let weight = self.weight()?.contiguous()?;
+        let index = Tensor::from_slice(rows, rows.len(), weight.device())?;
         let bias = self.bias.as_ref().map(|b| b.index_select(&index, 0)).transpose()?;
-        Ok(Self { weight: self.weight.contiguous()?.index_select(&index, 0)?, bias })
+        Self::new(weight.index_select(&index, 0)?, bias)
     }
 
     /// Columns in another order (or some of them), as a copy.
     pub(crate) fn select_in(&self, columns: &[u32]) -> Result<Self> {
-        let index = Tensor::from_slice(columns, columns.len(), self.weight.device())?;
-        Ok(Self { weight: self.weight.contiguous()?.index_select(&index, 1)?, bias: self.bias.clone() })
+        let weight = self.weight()?.contiguous()?;
+        let index = Tensor::from_slice(columns, columns.len(), weight.device())?;
+        Self::new(weight.index_select(&index, 1)?, self.bias.clone())
     }
 
     /// Rows of the weight.
     pub fn outputs(&self) -> usize {
-        self.weight.dims()[0]
+        self.weight.rows()
     }
 
     /// Columns of the weight.
     pub fn inputs(&self) -> usize {
-        self.weight.dims()[1]
+        self.weight.columns()
     }
 
     /// x [rows, in] -> [rows, out]. On the CPU a row's result doesn't depend on the other rows (`kernels::matmul`).
@@ -103,11 +125,7 @@ impl Linear {
 
     /// Several layers over the same x, in one go on the CPU.
     pub(crate) fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
-        let products = if x.device().is_cpu() && x.dtype() == DType::F32 {
-            kernels::matmul::linears(x, layers.map(|l| &l.weight))?.into()
-        } else {
-            layers.iter().map(|l| Ok(x.contiguous()?.matmul(&l.weight.t()?)?)).collect::<Result<Vec<_>>>()?
-        };
+        let products = Matrix::products(layers.map(|l| &l.weight), x)?;
         let biased = layers.iter().zip(products).map(|(l, y)| l.biased(y)).collect::<Result<Vec<_>>>()?;
         biased.try_into().map_err(|_| crate::Error::Input("a layer was lost".into()))
     }
@@ -119,9 +137,12 @@ impl Linear {
         })
     }
 
-    /// The weight, [out, in].
-    pub fn weight(&self) -> &Tensor {
-        &self.weight
+    /// The weight in plain numbers, [out, in]: shared memory, or a copy in f32 of a quantised one.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] when memory runs out.
+    pub fn weight(&self) -> Result<Tensor> {
+        self.weight.tensor()
     }
 }
 

@@ -46,6 +46,14 @@ pub trait Source: Send + Sync + std::fmt::Debug {
         Ok(self.raw(name)?.dtype)
     }
 
+    /// The blocks of a tensor that is stored as Q8_0: of every 32 elements of a row a little-endian f16 scale and 32 signed bytes. `None`: it isn't.
+    ///
+    /// # Errors
+    /// As [`Source::raw`].
+    fn q8_0(&self, _name: &str) -> Result<Option<Cow<'_, [u8]>>> {
+        Ok(None)
+    }
+
     /// How the tensor is stored.
     ///
     /// # Errors

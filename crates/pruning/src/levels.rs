@@ -187,7 +187,7 @@ impl Levels {
             let seen = Statistics::watch(&mut train, decoder, block, s, &followers)?;
             let unseen = Statistics::watch(&mut held_out, decoder, block, s, &followers)?;
             levels.peak_statistics_bytes = levels.peak_statistics_bytes.max(train.bytes() + held_out.bytes() + 2 * seen.bytes());
-            let weight = linalg::from_tensor(block.output().weight())?;
+            let weight = linalg::from_tensor(&block.output().weight()?)?;
             let scale = key.wants_scale(decoder, s).then(|| unseen.scale(seen.factor()));
             let [train_data, held_out_data] = [seen, unseen].map(|of| Regression::of_layer(of.gram, &weight, &of.following));
             let made = Made { scale, ..Made::new(&train_data, &held_out_data, &weight, block.unit(), &key.widths[s], key.options)? };
@@ -260,7 +260,7 @@ impl Levels {
         let load = |name: String, dtype: DType| -> Result<Tensor> { Ok(tensors.load(&name, decoder.device())?.to_dtype(dtype)?) };
         let has_bias = report.compensation == Compensation::Bias && level.absorbed == 0;
         let bias = if has_bias { Some(load(format!("bias.{}", level.width), decoder.dtype())?) } else { None };
-        Ok(Some(Linear::new(load(format!("weight.{}.{}", level.width, level.absorbed), decoder.weight_dtype())?, bias)?))
+        Ok(Some(Linear::new(load(format!("weight.{}.{}", level.width, level.absorbed), decoder.weight_type().plain()?)?, bias)?))
     }
 
     fn file(&self, s: usize) -> PathBuf {

@@ -224,7 +224,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
             message: format!("the run was begun with another model: expected tensors of SHA-256 {}, found {}", run.model_sha256, inputs.model_sha256),
         });
     }
-    let dtype = inputs.decoder.weight_dtype().as_str();
+    let dtype = inputs.decoder.weight_type().as_str();
     if dtype != run.dtype {
         let message = format!("the run was begun with weights in {}, now they are in {dtype}: expected --dtype {0}", run.dtype);
         return Err(Error::RunDirectory { path: directory.join(RUN), message });
@@ -399,7 +399,7 @@ fn supernet(
     let (train, held_out) = (calibration.statistics_tokens(), calibration.held_out_tokens());
     let key = LevelKey {
         model_sha256: inputs.model_sha256.to_string(),
-        dtype: inputs.decoder.weight_dtype().as_str().to_string(),
+        dtype: inputs.decoder.weight_type().as_str().to_string(),
         tokens_sha256: tokens_sha256(train.iter().chain(&held_out)),
         options: options.levels,
         widths,

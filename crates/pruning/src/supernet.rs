@@ -98,7 +98,7 @@ impl Supernet {
         }
         let Some(layer) = levels.output(s, level, &self.decoder)? else { return Ok(None) };
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = layer.weight().elem_count() * layer.weight().dtype().size_in_bytes();
+        let bytes = self.decoder.weight_type().bytes(layer.outputs() * layer.inputs());
         if cache.bytes + bytes <= CACHED_BYTES {
             cache.bytes += bytes;
             cache.layers.insert((s, level), layer.clone());

@@ -82,11 +82,8 @@ impl Surroundings for App {
     }
 
     fn device_arguments(&self) -> Vec<String> {
-        let dtype = match self.config.dtype.dtype() {
-            None => "auto",
-            Some(evop_model::DType::F32) => "f32",
-            Some(_) => "bf16",
-        };
+        // (a search changes weights: quantised ones can only be run)
+        let dtype = self.config.dtype.weights().and_then(|w| w.plain().ok()).map_or("auto", |dtype| dtype.as_str());
         let arguments = ["--threads", &self.admin.threads.to_string(), "--device", &self.config.device.to_string(), "--dtype", dtype];
         arguments.map(str::to_string).to_vec()
     }

@@ -6,7 +6,7 @@ use super::model_args::ModelArgs;
 use crate::models::ModelSource;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use evop_model::device::compute_dtype;
+use evop_model::device::weight_type;
 use evop_model::{Config, Decoder, FixedCache, PagedCache, Span};
 use serde::Serialize;
 use std::time::Instant;
@@ -169,9 +169,9 @@ fn speeds(
 /// Another checkpoint on the same device, in the same type.
 fn load_beside(name: &str, like: &ModelArgs) -> Result<Decoder> {
     let device = like.device.open()?;
-    let dtype = compute_dtype(&device, like.dtype.dtype())?;
+    let weights = weight_type(&device, like.dtype.weights())?;
     let checkpoint = ModelSource::parse(Some(name))?.open(None).with_context(|| format!("--against {name}"))?;
-    Ok(checkpoint.decoder(&device, dtype)?)
+    Ok(checkpoint.decoder(&device, weights)?)
 }
 
 /// Median, least and most.

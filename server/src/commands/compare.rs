@@ -192,7 +192,7 @@ fn row(setting: &Setting<'_>, strategy: Strategy, sparsity: f64, budget: Budget,
         let report = std::fs::read(directory.join("report.json")).with_context(|| directory.display().to_string())?;
         let report: serde_json::Value = serde_json::from_slice(&report)?;
         let pruned = Checkpoint::open(&directory)?;
-        let decoder = pruned.decoder(setting.decoder.device(), setting.decoder.weight_dtype())?;
+        let decoder = pruned.decoder(setting.decoder.device(), setting.decoder.weight_type())?;
         let (perplexity, tasks) = measure(setting, &decoder, pruned.tokenizer())?;
         let pair = |name: &str| -> Result<f64> {
             let (before, after): (f64, f64) = serde_json::from_value(report[name].clone())?;
@@ -226,7 +226,7 @@ fn prune(setting: &Setting<'_>, directory: &Path, options: run::PruneOptions) ->
             model: args.model.model.clone(),
             revision: args.model.revision.clone(),
             model_sha256: setting.sha256.clone(),
-            dtype: setting.decoder.weight_dtype().as_str().to_string(),
+            dtype: setting.decoder.weight_type().as_str().to_string(),
             calibration: args.tuning.calibration.clone(),
             eval_text: None,
             options,

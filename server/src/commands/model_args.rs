@@ -4,7 +4,7 @@ use crate::config::DTypeChoice;
 use crate::models::ModelSource;
 use anyhow::{Context, Result};
 use clap::Args;
-use evop_model::device::{DeviceChoice, compute_dtype};
+use evop_model::device::{DeviceChoice, weight_type};
 use evop_model::{Checkpoint, Decoder};
 use std::io::Read;
 use std::path::Path;
@@ -36,8 +36,8 @@ impl ModelArgs {
     pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
         let checkpoint = self.checkpoint()?;
         let device = self.device.open()?;
-        let dtype = compute_dtype(&device, self.dtype.dtype())?;
-        let decoder = checkpoint.decoder(&device, dtype)?;
+        let weights = weight_type(&device, self.dtype.weights())?;
+        let decoder = checkpoint.decoder(&device, weights)?;
         Ok((checkpoint, decoder))
     }
 }

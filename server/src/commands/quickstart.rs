@@ -9,7 +9,7 @@ use super::prune_args::PruneArgs;
 use crate::config::DTypeChoice;
 use anyhow::{Context, Result, bail};
 use clap::{Args, FromArgMatches};
-use evop_model::device::{DeviceChoice, compute_dtype};
+use evop_model::device::{DeviceChoice, weight_type};
 use evop_model::{Checkpoint, Decoder};
 use evop_pruning::run;
 use std::io::IsTerminal;
@@ -80,7 +80,7 @@ fn prune_args(out: &Path) -> Result<PruneArgs> {
 /// Decoded tokens a second, dense and pruned, measured in turns.
 fn speeds(pruned: &Path) -> Result<(f64, f64)> {
     let device = DeviceChoice::Auto.open()?;
-    let dtype = compute_dtype(&device, None)?;
+    let dtype = weight_type(&device, None)?;
     let load = |checkpoint: Checkpoint| -> Result<Decoder> { Ok(checkpoint.decoder(&device, dtype)?) };
     let dense = load(crate::models::ModelSource::Bundled.open(None)?)?;
     let pruned = load(Checkpoint::open(pruned)?)?;

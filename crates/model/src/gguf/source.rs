@@ -127,6 +127,15 @@ impl GgufSource {
         found.ok_or_else(|| self.mismatch(name, "a tensor of that name", "nothing: it is missing from the file"))
     }
 
+    /// The rows of a tensor in Hugging Face's order.
+    fn in_order<'a>(&self, name: &str, bytes: Cow<'a, [u8]>, rows: usize, heads: Option<usize>) -> Result<Cow<'a, [u8]>> {
+        match heads {
+            None => Ok(bytes),
+            Some(heads) if rows > 0 && rows.is_multiple_of(2 * heads) => Ok(Cow::Owned(permute_rows(&bytes, rows, heads, RowOrder::HuggingFace))),
+            Some(heads) => Err(self.mismatch(name, &format!("rows of {heads} heads of an even width"), &format!("{rows} rows"))),
+        }
+    }
+
     /// A tensor's bytes in the file; `open` made sure that they are there.
     fn file_bytes(&self, info: &TensorInfo) -> &[u8] {
         let start = (self.content.tensor_data_offset + info.offset) as usize;
@@ -172,21 +181,28 @@ impl Source for GgufSource {
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
         let (info, gguf, heads) = self.info(name)?;
         let shape = info.shape.dims().to_vec();
-        let (dtype, mut bytes) = match plain_type(info.ggml_dtype) {
+        let (dtype, bytes) = match plain_type(info.ggml_dtype) {
             Some(dtype) => (dtype, Cow::Borrowed(self.file_bytes(info))),
             None => {
                 let values = dequantized(&self.content, &self.bytes, gguf, &self.path)?.flatten_all()?.to_vec1::<f32>()?;
                 (DType::F32, Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect()))
             }
         };
-        if let Some(heads) = heads {
-            let rows = shape.first().copied().unwrap_or(0);
-            if rows == 0 || rows % (2 * heads) != 0 {
-                return Err(self.mismatch(name, &format!("rows of {heads} heads of an even width"), &format!("{rows} rows")));
-            }
-            bytes = Cow::Owned(permute_rows(&bytes, rows, heads, RowOrder::HuggingFace));
-        }
+        let bytes = self.in_order(name, bytes, shape.first().copied().unwrap_or(0), heads)?;
         Ok(RawTensor { dtype, shape, bytes })
+    }
+
+    fn q8_0(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {
+        let (info, _, heads) = self.info(name)?;
+        if info.ggml_dtype != GgmlDType::Q8_0 {
+            return Ok(None);
+        }
+        let bytes = self.file_bytes(info);
+        let scale = |block: &[u8]| half::f16::from_le_bytes([block[0], block[1]]);
+        if let Some(at) = bytes.chunks_exact(34).position(|block| !scale(block).is_finite()) {
+            return Err(self.mismatch(name, "finite scales", &format!("{} in block {at}: the weights are damaged", scale(&bytes[34 * at..]))));
+        }
+        Ok(Some(self.in_order(name, Cow::Borrowed(bytes), info.shape.dims().first().copied().unwrap_or(0), heads)?))
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error {

@@ -42,11 +42,11 @@ macro_rules! widest {
                 fn avx2($($arg: $type),*) $(-> $out)? {
                     $body($($arg),*)
                 }
-                if super::dot::has_avx512() {
+                if crate::kernels::dot::has_avx512() {
                     // SAFETY: the features were just checked
                     return unsafe { avx512($($arg),*) };
                 }
-                if super::dot::has_avx2() {
+                if crate::kernels::dot::has_avx2() {
                     // SAFETY: the features were just checked
                     return unsafe { avx2($($arg),*) };
                 }
@@ -55,6 +55,8 @@ macro_rules! widest {
         }
     };
 }
+
+pub(crate) use widest;
 
 // Replaces scores by their softmax.
 widest!(softmax, softmax_body, (row: &mut [f32]));

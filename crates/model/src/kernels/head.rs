@@ -26,8 +26,12 @@ pub(crate) fn log_probabilities(x: &Tensor, head: &Linear, ids: &[u32]) -> Resul
         return Ok(Vec::new());
     }
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if head.weight().dtype() == DType::BF16 && head.bias().is_none() && x.device().is_cpu() && k.is_multiple_of(super::amx::DEPTH) && super::amx::available() {
-        return with_bf16_rows(head.weight(), |w, stride| {
+    if let Some(weight) = head.plain(DType::BF16)
+        && x.device().is_cpu()
+        && k.is_multiple_of(super::amx::DEPTH)
+        && super::amx::available()
+    {
+        return with_bf16_rows(weight, |w, stride| {
             assert!(w.len() >= (vocab - 1) * stride + k, "a view inside its storage");
             with_slice(x, |x| tiles::log_probabilities(x, w, stride, [rows, vocab, k], ids))
         })?;

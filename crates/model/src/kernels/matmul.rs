@@ -27,18 +27,17 @@ const SERIAL_BELOW: usize = 32 * 1024;
 /// # Errors
 /// [`crate::Error::Input`] when the shapes don't fit, [`crate::Error::Device`] for weights that are neither f32 nor bf16 on the CPU.
 pub fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let [y] = linears(x, [weight])?;
-    Ok(y)
+    linears(x, &[weight])?.pop().ok_or_else(|| crate::Error::Input("a product without a result".into()))
 }
 
 /// [`linear`] of several weights of one type over the same x, together: x is prepared once, and all threads work until the last one is done.
 ///
 /// # Errors
 /// As [`linear`].
-pub fn linears<const N: usize>(x: &Tensor, weights: [&Tensor; N]) -> Result<[Tensor; N]> {
+pub fn linears(x: &Tensor, weights: &[&Tensor]) -> Result<Vec<Tensor>> {
     let k = x.dim(candle_core::D::Minus1)?;
     let rows = x.elem_count() / k.max(1);
-    let mut matrices = Vec::with_capacity(N);
+    let mut matrices = Vec::with_capacity(weights.len());
     for weight in weights {
         let (out, input) = weight.dims2()?;
         if input != k {
@@ -68,14 +67,13 @@ pub fn linears<const N: usize>(x: &Tensor, weights: [&Tensor; N]) -> Result<[Ten
         })?;
     }
     let mut shape = x.dims().to_vec();
-    let mut results = Vec::with_capacity(N);
-    for (_, y, out) in matrices {
+    let of_shape = |(_, y, out): (Tensor, Vec<f32>, usize)| {
         if let Some(last) = shape.last_mut() {
             *last = out;
         }
-        results.push(Tensor::from_vec(y, shape.as_slice(), x.device())?);
-    }
-    results.try_into().map_err(|_| crate::Error::Input("a product was lost".into()))
+        Ok(Tensor::from_vec(y, shape.as_slice(), x.device())?)
+    };
+    matrices.into_iter().map(of_shape).collect()
 }
 
 /// A matrix [out, k] to multiply with, its rows `stride` elements apart, and where the result [rows, out] goes.
@@ -306,11 +304,11 @@ mod tests {
             let x = Tensor::randn(0f32, 1.0, (rows, 64), &Device::Cpu).unwrap();
             let w = |out: usize| Tensor::randn(0f32, 1.0, (out, 64), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let (a, b, c) = (w(300), w(33), w(64));
-            let together = linears(&x, [&a, &b, &c]).unwrap();
+            let together = linears(&x, &[&a, &b, &c]).unwrap();
             for (y, w) in together.iter().zip([&a, &b, &c]) {
                 assert_eq!(y.to_vec2::<f32>().unwrap(), linear(&x, w).unwrap().to_vec2::<f32>().unwrap());
             }
-            assert!(linears(&x, [&a, &b.narrow(1, 0, 32).unwrap()]).is_err(), "another number of inputs");
+            assert!(linears(&x, &[&a, &b.narrow(1, 0, 32).unwrap()]).is_err(), "another number of inputs");
         }
     }
 

@@ -11,6 +11,7 @@ pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod head;
 pub mod matmul;
+pub(crate) mod q8;
 
 pub use head::of_logits as log_probabilities;
 
@@ -55,7 +56,7 @@ pub(crate) fn filled(len: usize, fill: impl FnOnce(&mut [f32]) -> Result<()>) ->
 }
 
 /// Memory for a kernel that writes every element and reads none before.
-fn unfilled(len: usize) -> Vec<f32> {
+pub(crate) fn unfilled(len: usize) -> Vec<f32> {
     let mut values: Vec<f32> = Vec::with_capacity(len);
     // SAFETY: any bits are an f32
     #[allow(clippy::uninit_vec)]

@@ -41,7 +41,7 @@ pub(crate) fn scaled(block: &SubBlock, factor: f64) -> Result<SubBlock> {
     }
     let times = |tensor: &Tensor| -> Result<Tensor> { rounded(&(tensor.to_dtype(DType::F32)? * factor)?, tensor) };
     let bias = block.output().bias().map(times).transpose()?;
-    Ok(block.with_output(Linear::new(times(block.output().weight())?, bias)?)?)
+    Ok(block.with_output(Linear::new(times(&block.output().weight()?)?, bias)?)?)
 }
 
 /// `tensor` (f32) rounded to the narrowest type that holds all elements of `like`, in the type that `like` is computed in.

@@ -55,7 +55,7 @@ fn allocate(space: &SearchSpace, units: &[SubBlockUnit], ranking: &[(f64, usize)
 
 /// One score a key/value group or channel: WIFV standardised over the layer; a group's is the mean over its channels of the square, standardised.
 fn scores(block: &SubBlock, moments: &Moments) -> Result<Vec<f64>> {
-    let weight = linalg::from_tensor(block.output().weight())?;
+    let weight = linalg::from_tensor(&block.output().weight()?)?;
     let norm = |j: usize| (0..weight.nrows()).map(|o| weight[(o, j)].powi(2)).sum::<f64>();
     let mut channels: Vec<f64> = (0..weight.ncols()).map(|j| moments.variance(j) * norm(j)).collect();
     if block.attention().is_some() {

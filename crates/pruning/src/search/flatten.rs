@@ -117,7 +117,7 @@ fn widened(decoder: &Decoder, pattern: &Pattern) -> Pattern {
 /// The output layer's weight [hidden, inputs] of a sub-block and the inputs of a unit.
 fn output_of(decoder: &Decoder, s: usize) -> Result<(Matrix, usize)> {
     match decoder.sub_block(s) {
-        Some(block) => Ok((linalg::from_tensor(block.output().weight())?, block.unit())),
+        Some(block) => Ok((linalg::from_tensor(&block.output().weight()?)?, block.unit())),
         None => Err(Error::Format(format!("sub-block {s} is absent: a layer without it can't be merged"))),
     }
 }

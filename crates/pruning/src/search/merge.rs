@@ -34,8 +34,9 @@ pub(super) fn merge(decoder: &Decoder, merge: &Merge) -> Result<Decoder> {
     let doubled = doubled(decoder, merge.into, merge.from)?;
     let attention = kept(&doubled, 2 * merge.into, &merge.groups)?;
     let mlp = kept(&doubled, 2 * merge.into + 1, &merge.channels)?;
-    let weight = Tensor::from_slice(&merge.down, mlp.output().weight().shape(), &Device::Cpu)?.to_device(decoder.device())?;
-    let weight = rounded(&weight, mlp.output().weight())?;
+    let like = mlp.output().weight()?;
+    let weight = Tensor::from_slice(&merge.down, like.shape(), &Device::Cpu)?.to_device(decoder.device())?;
+    let weight = rounded(&weight, &like)?;
     let mlp = mlp.with_output(Linear::new(weight, mlp.output().bias().cloned())?)?;
     with_layer(decoder, merge.into, attention, mlp)
 }
@@ -112,7 +113,7 @@ pub(super) fn doubled(decoder: &Decoder, into: usize, from: usize) -> Result<Dec
     let taken = config.layers[from].shape;
     let shape = &mut config.layers[into].shape;
     (shape.kv_groups, shape.ffn) = (shape.kv_groups + taken.kv_groups, shape.ffn + taken.ffn);
-    Ok(Decoder::load(&config, &Overlaid { base: &base, tensors }, decoder.device(), decoder.weight_dtype())?)
+    Ok(Decoder::load(&config, &Overlaid { base: &base, tensors }, decoder.device(), decoder.weight_type())?)
 }
 
 /// Says that every tensor is stored in f32: a decoder read through it loses nothing.

@@ -105,7 +105,7 @@ fn activations_that_are_not_numbers_are_named_by_layer_and_nothing_is_written() 
         if s != 5 {
             return Some(block.clone());
         }
-        let weight = (block.output().weight() * f64::INFINITY).unwrap();
+        let weight = (block.output().weight().unwrap() * f64::INFINITY).unwrap();
         Some(block.with_output(Linear::new(weight, None).unwrap()).unwrap())
     });
     let broken = decoder.with_sub_blocks(blocks.collect()).unwrap();

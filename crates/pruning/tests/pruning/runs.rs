@@ -286,7 +286,7 @@ fn every_cluster_gets_a_pattern_that_suits_it_and_a_stopped_run_finds_the_same()
 fn a_run_in_bf16_writes_what_it_measured_and_is_not_gone_on_with_in_f32() {
     let (checkpoint, wide) = tiny();
     let decoder = checkpoint.decoder(&Device::Cpu, DType::BF16).unwrap();
-    assert_eq!((decoder.dtype(), decoder.weight_dtype()), (DType::F32, DType::BF16));
+    assert_eq!((decoder.dtype(), decoder.weight_type()), (DType::F32, DType::BF16.into()));
     let far = logits(&decoder).concat().iter().zip(logits(&wide).concat()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
     assert!(far > 0.0 && far < 0.2, "activations are rounded, weights aren't changed: {far}");
     let sha = checkpoint::fingerprint(checkpoint.source().as_ref()).unwrap();

@@ -4,7 +4,7 @@ use super::{spread, token};
 use crate::commands::model_args::ModelArgs;
 use anyhow::{Result, bail};
 use clap::Args;
-use evop_model::{Config, Decoder, NoCache, Span, Tensor, kernels};
+use evop_model::{Config, Decoder, Linear, NoCache, Span, Tensor};
 use serde::Serialize;
 use std::hint::black_box;
 use std::time::Instant;
@@ -65,9 +65,9 @@ pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
     let ids: Vec<u32> = tokens.iter().cycle().skip(1).take(tokens.len()).copied().collect();
     let embedded = decoder.embed(&tokens, &batch)?;
     let x = Tensor::randn(0f32, 1.0, (ROWS, SIDE), decoder.device())?.to_dtype(decoder.dtype())?;
-    let w = Tensor::randn(0f32, 1.0, (SIDE, SIDE), decoder.device())?.to_dtype(decoder.weight_dtype())?;
+    let layer = Linear::new(Tensor::randn(0f32, 1.0, (SIDE, SIDE), decoder.device())?, None)?.held_in(decoder.weight_type())?;
     let product = || -> Result<()> {
-        black_box(if w.device().is_cpu() { kernels::matmul::linear(&x, &w)? } else { x.matmul(&w.t()?)? });
+        black_box(layer.forward(&x)?);
         Ok(())
     };
     let blocks = || -> Result<Tensor> { Ok(decoder.forward_range(embedded.clone(), 0..decoder.last_boundary(), &batch, &mut NoCache)?) };
@@ -100,7 +100,7 @@ pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&speeds)?);
         return Ok(());
     }
-    println!("{sequences} sequences of {length} tokens, weights in {}, threads: {}", decoder.weight_dtype().as_str(), speeds.threads);
+    println!("{sequences} sequences of {length} tokens, weights in {}, threads: {}", decoder.weight_type().as_str(), speeds.threads);
     let line = |what: &str, [median, least, most]: [f64; 3], share: Option<f64>| {
         let share = share.map_or(String::new(), |s| format!("{:>8.0}% of the matmul's", 100.0 * s));
         println!("{what:<26}{median:>12.0}{:>22}{share}", format!("{least:.0} - {most:.0}"));

@@ -1,0 +1,515 @@
+//! Products with Q8_0 weights: blocks of 32 inputs share a scale, as in GGUF. Activations are rounded to 8 bits too, block by block; a block's products
+//! are added exactly as integers, and the blocks in order as f32. So a result is the same to the bit on every kernel, for one token and for many.
+//!
+//! The weights lie as vector instructions take them: sixteen rows side by side, four inputs of each at a time, as unsigned numbers (128 added),
+//! for VNNI's and AMX's products of unsigned by signed bytes.
+
+use super::{SharedOut, dot};
+use half::f16;
+use rayon::prelude::*;
+
+/// Inputs that share a scale.
+pub(crate) const BLOCK: usize = 32;
+/// Rows that lie side by side.
+pub(crate) const GROUP: usize = 16;
+/// Bytes of a block of a group's rows.
+const BLOCK_BYTES: usize = BLOCK * GROUP;
+/// What is added to a weight's number.
+const OFFSET: i32 = 128;
+/// Multiply-adds below which splitting over threads costs more than it saves.
+const SERIAL_BELOW: usize = 64 * 1024;
+/// A task's weights stay in the second-level cache, where all tokens find them.
+const TASK_BYTES: usize = 512 * 1024;
+
+/// A cache line of weights.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line([u8; 64]);
+
+/// Some rows and first columns of laid out weights.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    /// [groups][blocks][8 x 4 inputs][16 rows][4].
+    pub lines: &'a [Line],
+    /// [groups][blocks][16 rows].
+    pub scales: &'a [f16],
+    /// Blocks of a whole row.
+    pub row_blocks: usize,
+    /// Rows that are used.
+    pub rows: usize,
+}
+
+impl Weights<'_> {
+    fn block(&self, group: usize, block: usize) -> (*const u8, &[f16; GROUP]) {
+        let at = group * self.row_blocks + block;
+        let lines = &self.lines[at * (BLOCK_BYTES / 64)..][..BLOCK_BYTES / 64];
+        let (scales, _) = self.scales[at * GROUP..].as_chunks();
+        (lines.as_ptr().cast(), &scales[0])
+    }
+
+    /// The number and the scale of a weight.
+    pub fn at(&self, row: usize, column: usize) -> (i8, f16) {
+        let (lines, scales) = self.block(row / GROUP, column / BLOCK);
+        let place = column % BLOCK / 4 * 64 + row % GROUP * 4 + column % 4;
+        // SAFETY: within the block's 512 bytes
+        let stored = unsafe { *lines.add(place) };
+        ((i32::from(stored) - OFFSET) as i8, scales[row % GROUP])
+    }
+}
+
+/// Weights [rows, columns] as they are laid out; absent rows and columns are zeros of scale 0. `block(row, block)` gives a block's scale and numbers.
+pub(crate) fn lay_out(rows: usize, columns: usize, block: impl Fn(usize, usize) -> (f16, [i8; BLOCK]) + Sync) -> (Vec<Line>, Vec<f16>) {
+    let (groups, blocks) = (rows.div_ceil(GROUP), columns.div_ceil(BLOCK));
+    let mut lines = vec![Line([OFFSET as u8; 64]); groups * blocks * BLOCK_BYTES / 64];
+    let mut scales = vec![f16::ZERO; groups * blocks * GROUP];
+    let per_group = (lines.par_chunks_mut((blocks * BLOCK_BYTES / 64).max(1)), scales.par_chunks_mut((blocks * GROUP).max(1)));
+    per_group.0.zip(per_group.1).enumerate().for_each(|(group, (lines, scales))| {
+        for row in 0..GROUP.min(rows - group * GROUP) {
+            for b in 0..blocks {
+                let (scale, numbers) = block(group * GROUP + row, b);
+                scales[b * GROUP + row] = scale;
+                for (i, number) in numbers.iter().enumerate() {
+                    lines[b * (BLOCK_BYTES / 64) + i / 4].0[row * 4 + i % 4] = (i32::from(*number) + OFFSET) as u8;
+                }
+            }
+        }
+    });
+    (lines, scales)
+}
+
+/// A block as GGUF's Q8_0 has it: the largest magnitude becomes 127.
+pub(crate) fn quantize(values: &[f32]) -> (f16, [i8; BLOCK]) {
+    let largest = values.iter().fold(0f32, |m, v| m.max(v.abs()));
+    let scale = largest / 127.0;
+    let inverse = if scale > 0.0 { scale.recip() } else { 0.0 };
+    let mut numbers = [0; BLOCK];
+    numbers.iter_mut().zip(values).for_each(|(n, v)| *n = (v * inverse).round() as i8);
+    (f16::from_f32(scale), numbers)
+}
+
+/// Activations as 8-bit blocks.
+struct Activations {
+    /// [tokens][blocks][32].
+    numbers: Vec<i8>,
+    /// [tokens][blocks].
+    scales: Vec<f32>,
+    /// -128 times the sum of a block's numbers: what the weights' offset adds, taken away.
+    corrections: Vec<i32>,
+    blocks: usize,
+}
+
+impl Activations {
+    fn new(x: &[f32], tokens: usize, k: usize) -> Self {
+        let blocks = k.div_ceil(BLOCK);
+        let mut of = Self { numbers: vec![0; tokens * blocks * BLOCK], scales: vec![0.0; tokens * blocks], corrections: vec![0; tokens * blocks], blocks };
+        if blocks == 0 {
+            return of;
+        }
+        let rows = of.numbers.par_chunks_mut(blocks * BLOCK).zip(of.scales.par_chunks_mut(blocks)).zip(of.corrections.par_chunks_mut(blocks));
+        let fill = |(((numbers, scales), corrections), x): (((&mut [i8], &mut [f32]), &mut [i32]), &[f32])| round_row(x, numbers, scales, corrections);
+        if tokens < 4 {
+            let rows = of.numbers.chunks_mut(blocks * BLOCK).zip(of.scales.chunks_mut(blocks)).zip(of.corrections.chunks_mut(blocks));
+            rows.zip(x.chunks(k)).for_each(fill);
+        } else {
+            rows.zip(x.par_chunks(k)).for_each(fill);
+        }
+        of
+    }
+}
+
+super::elementwise::widest!(round_row, round_row_body, (x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections: &mut [i32]));
+
+#[inline(always)]
+fn round_row_body(x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections: &mut [i32]) {
+    /// 1.5 * 2^23: a number added to it is rounded to the nearest integer, ties to even.
+    const ROUNDER: f32 = 12_582_912.0;
+    for (((x, numbers), scale), correction) in x.chunks(BLOCK).zip(numbers.chunks_mut(BLOCK)).zip(scales).zip(corrections) {
+        let mut block = [0f32; BLOCK];
+        block[..x.len()].copy_from_slice(x);
+        let mut largest = [0f32; 16];
+        for i in 0..BLOCK {
+            let magnitude = block[i].abs();
+            largest[i % 16] = if magnitude > largest[i % 16] { magnitude } else { largest[i % 16] };
+        }
+        let largest = largest.iter().fold(0f32, |m, v| m.max(*v));
+        *scale = largest / 127.0;
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let mut sum = 0;
+        for i in 0..BLOCK {
+            let number = (block[i] * inverse + ROUNDER).to_bits() as i32 - ROUNDER.to_bits() as i32;
+            sum += number;
+            numbers[i] = number as i8;
+        }
+        *correction = -OFFSET * sum;
+    }
+}
+
+/// A product's weights [out, k] and where its results [tokens, out] go.
+pub(crate) struct Product<'a> {
+    pub weights: Weights<'a>,
+    pub y: SharedOut,
+}
+
+/// x [tokens, k] times every product's weights transposed.
+pub(crate) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'_>]) {
+    assert!(x.len() >= tokens * k, "whole rows");
+    let x = Activations::new(x, tokens, k);
+    let outputs: usize = products.iter().map(|p| p.weights.rows).sum();
+    let serial = rayon::current_num_threads() == 1 || tokens * k * outputs < SERIAL_BELOW;
+    let shared = if serial { usize::MAX } else { outputs.div_ceil(GROUP).div_ceil(rayon::current_num_threads() * 4) };
+    // an even number: tiles take two groups at a time
+    let groups = (TASK_BYTES / (x.blocks.max(1) * BLOCK_BYTES)).min(shared).max(2).next_multiple_of(2);
+    let tasks: Vec<(usize, usize)> =
+        products.iter().enumerate().flat_map(|(i, p)| (0..p.weights.rows.div_ceil(GROUP)).step_by(groups).map(move |from| (i, from))).collect();
+    let kernel = Kernel::best(tokens);
+    let run = |&(i, from): &(usize, usize)| {
+        let product = &products[i];
+        kernel.run(&x, tokens, product, from, (from + groups).min(product.weights.rows.div_ceil(GROUP)));
+    };
+    if serial { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
+}
+
+/// Ways to compute the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
+}
+
+impl Kernel {
+    fn best(tokens: usize) -> Self {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if tokens >= amx::LEAST && super::amx::available() && vnni::available() {
+            return Self::Amx;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if vnni::available() {
+            return Self::Vnni;
+        }
+        let _ = tokens;
+        Self::Plain
+    }
+
+    fn run(self, x: &Activations, tokens: usize, product: &Product<'_>, from: usize, to: usize) {
+        match self {
+            Self::Plain => plain(x, tokens, product, from, to),
+            // SAFETY: `best` has found the features
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => unsafe { vnni::groups(x, 0..tokens, product, from, to) },
+            // SAFETY: as above
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => unsafe { amx::groups(x, tokens, product, from, to) },
+        }
+    }
+}
+
+/// Writes the results of a group's rows for one token.
+fn write(product: &Product<'_>, token: usize, group: usize, results: &[f32; GROUP]) {
+    let rows = product.weights.rows;
+    let count = GROUP.min(rows - group * GROUP);
+    // SAFETY: the part of the result that is this task's
+    unsafe { product.y.get().add(token * rows + group * GROUP).copy_from_nonoverlapping(results.as_ptr(), count) };
+}
+
+fn plain(x: &Activations, tokens: usize, product: &Product<'_>, from: usize, to: usize) {
+    for group in from..to {
+        for token in 0..tokens {
+            let mut results = [0f32; GROUP];
+            for block in 0..x.blocks {
+                let (lines, scales) = product.weights.block(group, block);
+                // SAFETY: a block has 512 bytes
+                let lines = unsafe { std::slice::from_raw_parts(lines, BLOCK_BYTES) };
+                let at = token * x.blocks + block;
+                sum_block(lines, scales, &x.numbers[at * BLOCK..][..BLOCK], x.scales[at], x.corrections[at], &mut results);
+            }
+            write(product, token, group, &results);
+        }
+    }
+}
+
+super::elementwise::widest!(sum_block, sum_block_body, (lines: &[u8], scales: &[f16; GROUP], numbers: &[i8], scale: f32, correction: i32, results: &mut [f32; GROUP]));
+
+#[inline(always)]
+fn sum_block_body(lines: &[u8], scales: &[f16; GROUP], numbers: &[i8], scale: f32, correction: i32, results: &mut [f32; GROUP]) {
+    let mut sums = [correction; GROUP];
+    for (line, numbers) in lines.chunks_exact(64).zip(numbers.chunks_exact(4)) {
+        for row in 0..GROUP {
+            for i in 0..4 {
+                sums[row] += i32::from(line[4 * row + i]) * i32::from(numbers[i]);
+            }
+        }
+    }
+    for row in 0..GROUP {
+        results[row] = (sums[row] as f32).mul_add(scales[row].to_f32() * scale, results[row]);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use super::{Activations, BLOCK, GROUP, Product, write};
+    use std::arch::x86_64::*;
+    use std::ops::Range;
+
+    pub fn available() -> bool {
+        super::dot::has_avx512() && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bw")
+    }
+
+    /// # Safety
+    /// [`available`] must be true.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    pub unsafe fn groups(x: &Activations, tokens: Range<usize>, product: &Product<'_>, from: usize, to: usize) {
+        for group in from..to {
+            let (mut token, tokens) = (tokens.start, tokens.end);
+            // SAFETY: the features are those of this function
+            unsafe {
+                while token + 8 <= tokens {
+                    some::<8>(x, token, product, group);
+                    token += 8;
+                }
+                if token + 4 <= tokens {
+                    some::<4>(x, token, product, group);
+                    token += 4;
+                }
+                if token + 2 <= tokens {
+                    some::<2>(x, token, product, group);
+                    token += 2;
+                }
+                if token < tokens {
+                    some::<1>(x, token, product, group);
+                }
+            }
+        }
+    }
+
+    /// A group's rows for T tokens.
+    ///
+    /// # Safety
+    /// As [`groups`].
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    unsafe fn some<const T: usize>(x: &Activations, token: usize, product: &Product<'_>, group: usize) {
+        let mut totals = [_mm512_setzero_ps(); T];
+        for block in 0..x.blocks {
+            let (lines, scales) = product.weights.block(group, block);
+            // SAFETY: sixteen scales, and 512 bytes of a block
+            let (scales, weights): (__m512, [__m512i; 8]) = unsafe {
+                (_mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())), std::array::from_fn(|i| _mm512_load_si512(lines.add(64 * i).cast())))
+            };
+            for t in 0..T {
+                let at = (token + t) * x.blocks + block;
+                let mut sum = _mm512_set1_epi32(x.corrections[at]);
+                let numbers = x.numbers[at * BLOCK..][..BLOCK].as_ptr();
+                for (i, weights) in weights.iter().enumerate() {
+                    // SAFETY: 32 bytes
+                    sum = _mm512_dpbusd_epi32(sum, *weights, _mm512_set1_epi32(unsafe { numbers.add(4 * i).cast::<i32>().read_unaligned() }));
+                }
+                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(x.scales[at]));
+                totals[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[t]);
+            }
+        }
+        for (t, total) in totals.into_iter().enumerate() {
+            let mut results = [0f32; GROUP];
+            // SAFETY: sixteen elements
+            unsafe { _mm512_storeu_ps(results.as_mut_ptr(), total) };
+            write(product, token + t, group, &results);
+        }
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx {
+    use super::{Activations, BLOCK, GROUP, Product, write};
+    use std::arch::asm;
+    use std::arch::x86_64::*;
+
+    /// Tokens of a tile.
+    const TOKENS: usize = 16;
+    /// Tokens from which tiles pay.
+    pub const LEAST: usize = 32;
+
+    /// Sums of four tiles: [2 x 16 tokens][2 x 16 rows].
+    #[repr(C, align(64))]
+    struct Sums([[[i32; GROUP]; TOKENS]; 4]);
+
+    /// The tiles' shapes for this thread, until it is dropped: sums of 16 x 16, activations of 16 tokens by 32 bytes, weights of 8 x 64 bytes.
+    struct Tiles;
+
+    impl Tiles {
+        fn configure() -> Self {
+            #[repr(C, align(64))]
+            struct Configuration([u8; 64]);
+            let mut configuration = Configuration([0; 64]);
+            configuration.0[0] = 1;
+            for (tile, (bytes, rows)) in [(64, 16), (64, 16), (64, 16), (64, 16), (32, 16), (32, 16), (64, 8), (64, 8)].into_iter().enumerate() {
+                configuration.0[16 + 2 * tile] = bytes;
+                configuration.0[48 + tile] = rows;
+            }
+            // SAFETY: the instruction exists (the caller has checked) and reads these 64 bytes
+            unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
+            Self
+        }
+    }
+
+    impl Drop for Tiles {
+        fn drop(&mut self) {
+            // SAFETY: the thread has a configuration
+            unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        }
+    }
+
+    /// Two groups and 32 tokens at a time; what is left over goes to the vector kernel.
+    ///
+    /// # Safety
+    /// The processor must have AMX's tiles of bytes, which the system lets this process use, and what [`super::vnni`] needs.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    pub unsafe fn groups(x: &Activations, tokens: usize, product: &Product<'_>, from: usize, to: usize) {
+        let (whole_groups, whole_tokens) = (from + (to - from) / 2 * 2, tokens / (2 * TOKENS) * (2 * TOKENS));
+        {
+            let _tiles = Tiles::configure();
+            for token in (0..whole_tokens).step_by(2 * TOKENS) {
+                for group in (from..whole_groups).step_by(2) {
+                    // SAFETY: configured; whole tiles
+                    unsafe { four(x, token, product, group) };
+                }
+            }
+        }
+        // SAFETY: the features are those of this function
+        unsafe {
+            if whole_tokens < tokens {
+                super::vnni::groups(x, whole_tokens..tokens, product, from, whole_groups);
+            }
+            if whole_groups < to {
+                super::vnni::groups(x, 0..tokens, product, whole_groups, to);
+            }
+        }
+    }
+
+    /// 32 tokens by two groups.
+    ///
+    /// # Safety
+    /// The tiles must be configured; the tokens and groups must be there.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    unsafe fn four(x: &Activations, token: usize, product: &Product<'_>, group: usize) {
+        let mut totals = [[[0f32; GROUP]; TOKENS]; 4];
+        let mut sums = Sums([[[0; GROUP]; TOKENS]; 4]);
+        let stride = x.blocks * BLOCK;
+        for block in 0..x.blocks {
+            let ((low, low_scales), (high, high_scales)) = (product.weights.block(group, block), product.weights.block(group + 1, block));
+            let first = x.numbers[token * stride + block * BLOCK..][..(2 * TOKENS - 1) * stride + BLOCK].as_ptr();
+            // SAFETY: two times 16 rows of 32 bytes, two blocks of 512, and four tiles of sums
+            unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "tileloadd tmm4, [{x0} + {xs} * 1]",
+                    "tileloadd tmm6, [{w0} + {line} * 1]",
+                    "tdpbsud tmm0, tmm4, tmm6",
+                    "tileloadd tmm7, [{w1} + {line} * 1]",
+                    "tdpbsud tmm1, tmm4, tmm7",
+                    "tileloadd tmm5, [{x1} + {xs} * 1]",
+                    "tdpbsud tmm2, tmm5, tmm6",
+                    "tdpbsud tmm3, tmm5, tmm7",
+                    "tilestored [{c} + {line} * 1], tmm0",
+                    "tilestored [{c} + {line} * 1 + 1024], tmm1",
+                    "tilestored [{c} + {line} * 1 + 2048], tmm2",
+                    "tilestored [{c} + {line} * 1 + 3072], tmm3",
+                    x0 = in(reg) first,
+                    x1 = in(reg) first.add(TOKENS * stride),
+                    xs = in(reg) stride,
+                    w0 = in(reg) low,
+                    w1 = in(reg) high,
+                    line = in(reg) 64usize,
+                    c = in(reg) &raw mut sums,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+            // SAFETY: sixteen scales each
+            let scales = unsafe { [low_scales, high_scales].map(|s| _mm512_cvtph_ps(_mm256_loadu_si256(s.as_ptr().cast()))) };
+            for (tile, (sums, totals)) in sums.0.iter().zip(&mut totals).enumerate() {
+                for (row, (sums, total)) in sums.iter().zip(totals).enumerate() {
+                    let at = (token + tile / 2 * TOKENS + row) * x.blocks + block;
+                    let scale = _mm512_mul_ps(scales[tile % 2], _mm512_set1_ps(x.scales[at]));
+                    // SAFETY: sixteen elements each
+                    unsafe {
+                        let sum = _mm512_add_epi32(_mm512_load_si512(sums.as_ptr().cast()), _mm512_set1_epi32(x.corrections[at]));
+                        let sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, _mm512_loadu_ps(total.as_ptr()));
+                        _mm512_storeu_ps(total.as_mut_ptr(), sum);
+                    }
+                }
+            }
+        }
+        for (tile, totals) in totals.iter().enumerate() {
+            totals.iter().enumerate().for_each(|(row, total)| write(product, token + tile / 2 * TOKENS + row, group + tile % 2, total));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::unfilled;
+    use super::*;
+
+    fn number(i: usize) -> f32 {
+        ((i * 7919 + 13) % 2_003) as f32 / 1_001.0 - 1.0
+    }
+
+    #[test]
+    fn every_kernel_gives_the_same_bits_near_the_exact_product() {
+        for (tokens, rows, k) in [(1, 5, 32), (3, 16, 64), (7, 40, 96), (33, 48, 576), (70, 50, 80), (64, 33, 33)] {
+            let w: Vec<f32> = (0..rows * k).map(number).collect();
+            let x: Vec<f32> = (0..tokens * k).map(|i| number(i * 31 + 7)).collect();
+            let block = |row: usize, block: usize| quantize(&w[row * k..(row + 1) * k][block * BLOCK..k.min((block + 1) * BLOCK)]);
+            let (lines, scales) = lay_out(rows, k, block);
+            let weights = Weights { lines: &lines, scales: &scales, row_blocks: k.div_ceil(BLOCK), rows };
+            let activations = Activations::new(&x, tokens, k);
+            let by = |kernel: Kernel| {
+                let mut y = unfilled(tokens * rows);
+                kernel.run(&activations, tokens, &Product { weights, y: SharedOut(y.as_mut_ptr()) }, 0, rows.div_ceil(GROUP));
+                y
+            };
+            let plain = by(Kernel::Plain);
+            for row in 0..rows {
+                for token in 0..tokens {
+                    let exact: f64 = (0..k).map(|i| f64::from(w[row * k + i]) * f64::from(x[token * k + i])).sum();
+                    let found = f64::from(plain[token * rows + row]);
+                    assert!((found - exact).abs() < 0.01 * (k as f64).sqrt(), "{tokens} {rows} {k}: {found} {exact}");
+                }
+                let (number, scale) = weights.at(row, k - 1);
+                assert!((f32::from(number) * scale.to_f32() - w[row * k + k - 1]).abs() < 0.005);
+            }
+            #[cfg(target_arch = "x86_64")]
+            if vnni::available() {
+                assert_eq!(by(Kernel::Vnni), plain);
+            }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            if vnni::available() && super::super::amx::available() {
+                assert_eq!(by(Kernel::Amx), plain);
+            }
+            let mut y = unfilled(tokens * rows);
+            multiply(&x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
+            assert_eq!(y, plain);
+        }
+    }
+
+    #[test]
+    fn the_first_columns_are_a_matrix_of_their_own() {
+        let (rows, k, narrow, tokens) = (20, 96, 40, 3);
+        let w: Vec<f32> = (0..rows * k).map(number).collect();
+        let of = |row: usize, block: usize| quantize(&w[row * k + block * BLOCK..][..BLOCK]);
+        let (lines, scales) = lay_out(rows, k, of);
+        let x: Vec<f32> = (0..tokens * narrow).map(number).collect();
+        let padded: Vec<f32> = x.chunks(narrow).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, k - narrow))).collect();
+        let weights = Weights { lines: &lines, scales: &scales, row_blocks: 3, rows };
+        let by = |x: &[f32], k: usize| {
+            let mut y = unfilled(tokens * rows);
+            multiply(x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
+            y
+        };
+        assert_eq!(by(&x, narrow), by(&padded, k));
+    }
+}
