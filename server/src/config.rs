@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use evop_model::device::DeviceChoice;
-use evop_model::{DType, WeightType};
+use evop_model::{DType, Device, WeightType};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -104,7 +104,7 @@ impl ServeConfig {
 /// What `--dtype` may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
-    /// f32 on the CPU, bf16 on CUDA.
+    /// bf16 on CUDA; on the CPU f32, or q8_0 to serve.
     Auto,
     /// 32-bit floats.
     F32,
@@ -119,6 +119,11 @@ impl DTypeChoice {
     /// The choice of this name; the device's own for another.
     pub fn named(name: &str) -> Self {
         Self::from_str(name, true).unwrap_or(Self::Auto)
+    }
+
+    /// What matrices are to be held in while they are served: 8-bit blocks on a CPU, unless it was said.
+    pub fn weights_to_serve(self, device: &Device) -> Option<WeightType> {
+        self.weights().or(device.is_cpu().then_some(WeightType::Q8_0))
     }
 
     /// What matrices are to be held in, if it was said.

@@ -44,7 +44,7 @@ pub struct Identity {
 /// The device can't be had.
 pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<MemoryNeed> {
     let device = config.device.open()?;
-    let weights = weight_type(&device, config.dtype.weights())?;
+    let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
     if !device.is_cpu() {
         return Ok(MemoryNeed { needed_bytes: 0, available_bytes: None });
     }
@@ -61,7 +61,7 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
 pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -> Result<Served> {
     let start = Instant::now();
     let device = config.device.open()?;
-    let weights = weight_type(&device, config.dtype.weights())?;
+    let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
     let decoder = load_decoder(checkpoint, &device, weights)?;
     let model = decoder.config().clone();
     let engine_config = engine_config(&decoder, config)?;

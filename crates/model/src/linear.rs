@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::config::NormKind;
-use crate::kernels;
+use crate::kernels::packed::{Format, Weights};
 use crate::matrix::{Matrix, WeightType};
 use crate::source::{Source, bias_of};
 use candle_core::{DType, Device, Tensor};
@@ -49,8 +49,8 @@ impl Linear {
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let out = weight.dims2()?.0;
         match bias.as_ref().map(Tensor::dims) {
-            None => Ok(Self { weight: Matrix::Plain(weight), bias }),
-            Some([b]) if *b == out => Ok(Self { weight: Matrix::Plain(weight), bias }),
+            Some([b]) if *b != out => Err(crate::Error::Input(format!("a linear layer of {out} outputs was given a bias of [{b}]"))),
+            None | Some([_]) => Ok(Self { weight: Matrix::new(weight)?, bias }),
             Some(other) => Err(crate::Error::Input(format!("a linear layer of {out} outputs was given a bias of shape {other:?}"))),
         }
     }
@@ -60,10 +60,10 @@ impl Linear {
         Self { weight, bias: None }
     }
 
-    /// The weight where it is held in this type and there is no bias.
-    pub(crate) fn plain(&self, dtype: DType) -> Option<&Tensor> {
+    /// The weight as the bf16 kernels read it, where it is held so and there is no bias.
+    pub(crate) fn bf16(&self) -> Option<Weights<'_>> {
         match &self.weight {
-            Matrix::Plain(weight) if weight.dtype() == dtype && self.bias.is_none() => Some(weight),
+            Matrix::Packed(of) if self.bias.is_none() => Some(of.weights()).filter(|w| w.format == Format::Bf16),
             _ => None,
         }
     }
@@ -185,7 +185,7 @@ impl Norm {
         let x = x.contiguous()?;
         Ok(match &self.bias {
             Some(bias) => ops::layer_norm(&x, &self.weight, bias, self.eps)?,
-            None if x.device().is_cpu() && x.dtype() == DType::F32 => kernels::elementwise::rms_norm(&x, &self.weight, self.eps)?,
+            None if x.device().is_cpu() && x.dtype() == DType::F32 => crate::kernels::elementwise::rms_norm(&x, &self.weight, self.eps)?,
             None => ops::rms_norm(&x, &self.weight, self.eps)?,
         })
     }

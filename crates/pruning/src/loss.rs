@@ -39,9 +39,7 @@ fn select(of: &Tensor, rows: &[u32]) -> Result<Tensor> {
 /// `hidden` [tokens, hidden] is the residual stream after the last layer; `tokens` are the packed inputs.
 pub(crate) fn token_losses(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span], reference: Option<&Reference>) -> Result<Vec<Vec<f32>>> {
     let rows = predicting(spans);
-    let of = |ids: &[u32]| -> Result<Vec<f32>> {
-        if rows.is_empty() { Ok(Vec::new()) } else { Ok(decoder.log_probabilities(&select(hidden, &rows)?, ids)?) }
-    };
+    let of = |ids: &[u32]| -> Result<Vec<f32>> { if rows.is_empty() { Ok(Vec::new()) } else { Ok(decoder.log_probabilities(&select(hidden, &rows)?, ids)?) } };
     let losses: Vec<f32> = match reference {
         None => of(&rows.iter().map(|row| tokens[*row as usize + 1]).collect::<Vec<_>>())?.iter().map(|l| -l).collect(),
         Some(dense) => of(&dense.ids)?.chunks(dense.top).enumerate().map(|(position, q)| dense.divergence(position, q)).collect(),

@@ -159,8 +159,7 @@ pub(crate) fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// a + b on the CPU, of one shape.
 pub(crate) fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let out =
-        with_slice(a, |a| with_slice(b, |b| in_parts(a.len(), 1, |first, out| add_chunk(&a[first..][..out.len()], &b[first..][..out.len()], out))))???;
+    let out = with_slice(a, |a| with_slice(b, |b| in_parts(a.len(), 1, |first, out| add_chunk(&a[first..][..out.len()], &b[first..][..out.len()], out))))???;
     Ok(Tensor::from_vec(out, a.shape(), a.device())?)
 }
 

@@ -2,7 +2,7 @@
 //! as a hundred layers' activations, never leave the cache.
 
 use super::elementwise::exp_sum;
-use super::{with_bf16_rows, with_slice};
+use super::with_slice;
 use crate::{Linear, Result};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
@@ -26,15 +26,10 @@ pub(crate) fn log_probabilities(x: &Tensor, head: &Linear, ids: &[u32]) -> Resul
         return Ok(Vec::new());
     }
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if let Some(weight) = head.plain(DType::BF16)
-        && x.device().is_cpu()
-        && k.is_multiple_of(super::amx::DEPTH)
+    if let Some(weights) = head.bf16()
         && super::amx::available()
     {
-        return with_bf16_rows(weight, |w, stride| {
-            assert!(w.len() >= (vocab - 1) * stride + k, "a view inside its storage");
-            with_slice(x, |x| tiles::log_probabilities(x, w, stride, [rows, vocab, k], ids))
-        })?;
+        return with_slice(x, |x| tiles::log_probabilities(x, &weights, rows, k, ids));
     }
     let at_once = (if x.device().is_cpu() { LOGITS_ELEMENTS } else { LOGITS_ELEMENTS_ON_DEVICE } / vocab).max(1);
     let mut found = Vec::with_capacity(ids.len());
@@ -81,41 +76,31 @@ fn together(parts: impl Iterator<Item = (f32, f32)> + Clone) -> f32 {
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles {
-    use super::super::amx;
-    use super::super::matmul::{TileMemory, tile_activations};
-    use super::super::{SharedOut, elementwise::exp_sum};
+    use super::super::packed::{GROUP, Weights};
+    use super::super::{SharedOut, amx, elementwise::exp_sum};
     use super::{BLOCK, together};
-    use half::bf16;
     use rayon::prelude::*;
 
-    /// As [`super::log_probabilities`], x [rows, k], w [vocab, k] with rows `stride` apart.
-    pub(super) fn log_probabilities(x: &[f32], w: &[bf16], stride: usize, [rows, vocab, k]: [usize; 3], ids: &[u32]) -> Vec<f32> {
+    /// As [`super::log_probabilities`], x [rows, k].
+    pub(super) fn log_probabilities(x: &[f32], weights: &Weights<'_>, rows: usize, k: usize, ids: &[u32]) -> Vec<f32> {
+        let vocab = weights.rows;
         let (of_row, blocks) = (ids.len() / rows, vocab.div_ceil(BLOCK));
         // each row's ids in order, with their places: a block finds its own side by side
         let mut sorted: Vec<(u32, u32)> = ids.iter().zip(0..).map(|(id, place)| (*id, place)).collect();
         sorted.par_chunks_mut(of_row).for_each(<[_]>::sort_unstable);
-        let mut memory = TileMemory::activations();
-        let tiles = memory.pairs(amx::tiled_len(rows, k));
-        tile_activations(x, rows, k, false, tiles);
-        let tiles = &*tiles;
+        let x = amx::Activations::new(x, rows, k);
         let (mut found, mut parts) = (vec![0f32; ids.len()], vec![[0f32; 2]; rows * blocks]);
         let (to_found, to_parts) = (SharedOut(found.as_mut_ptr()), SharedOut(parts.as_mut_ptr().cast()));
         (0..blocks).into_par_iter().for_each(|block| {
             let (from, to) = (block * BLOCK, vocab.min((block + 1) * BLOCK));
-            let mut memory = TileMemory::weights();
-            let paired = memory.pairs(amx::tiled_len(to - from, k));
-            amx::pair_weights(&w[from * stride..], stride, to - from, k, paired);
             let mut logits = vec![0f32; amx::BLOCK * BLOCK];
-            let _tiles = amx::Tiles::configure();
+            let tiles = amx::Tiles::configure();
             for token in (0..rows).step_by(amx::BLOCK) {
                 let tokens = (rows - token).min(amx::BLOCK);
                 for first in (0..to - from).step_by(amx::BLOCK) {
                     let outputs = (to - from - first).min(amx::BLOCK);
-                    // SAFETY: the tiles are configured; two blocks from `token`, two from `first`, and 32 rows of `logits`
-                    unsafe {
-                        let (x, w) = (tiles.as_ptr().add(token * k / 2), paired.as_ptr().add(first * k / 2));
-                        amx::many_tokens(w, x, k, tokens, outputs, logits.as_mut_ptr().add(first), BLOCK);
-                    }
+                    // SAFETY: 32 rows of `logits`
+                    unsafe { tiles.multiply(&x, token, weights, (from + first) / GROUP, outputs, logits.as_mut_ptr().add(first), BLOCK) };
                 }
                 for row in token..token + tokens {
                     let logits = &logits[(row - token) * BLOCK..][..to - from];
@@ -148,10 +133,9 @@ mod tests {
         for (rows, vocab, k) in [(1, 700, 64), (70, 1500, 64), (33, 512, 96), (3, 40, 33)] {
             for dtype in [DType::F32, DType::BF16] {
                 let x = Tensor::randn(0f32, 1.0, (rows, k), &Device::Cpu).unwrap();
-                let w = Tensor::randn(0f32, 1.0, (vocab + 3, k + 32), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
-                let w = w.narrow(0, 1, vocab).unwrap().narrow(1, 0, k).unwrap();
+                let w = Tensor::randn(0f32, 1.0, (vocab, k + 32), &Device::Cpu).unwrap();
                 let ids: Vec<u32> = (0..rows * 5).map(|i| (i * 7919 % vocab) as u32).collect();
-                let head = Linear::new(w, None).unwrap();
+                let head = Linear::new(w, None).unwrap().held_in(dtype.into()).unwrap().narrow_in(k).unwrap();
                 let found = log_probabilities(&x, &head, &ids).unwrap();
                 let logits = head.forward(&x).unwrap();
                 // bits: the fused pass adds the same numbers in the same order

@@ -7,17 +7,18 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 pub(crate) mod attention;
+pub(crate) mod bf16;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod head;
 pub mod matmul;
+pub(crate) mod packed;
 pub(crate) mod q8;
 
 pub use head::of_logits as log_probabilities;
 
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
-use half::bf16;
 
 /// Calls `f` with the elements of an f32 CPU tensor, without a copy where it is contiguous.
 ///
@@ -36,16 +37,6 @@ pub fn with_slice<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> 
 pub(crate) fn with_adjacent(matrix: &Tensor) -> Result<Tensor> {
     let (_, columns) = matrix.dims2()?;
     Ok(if matrix.stride()[1] == 1 || columns == 1 { matrix.clone() } else { matrix.contiguous()? })
-}
-
-/// Calls `f` with a bf16 CPU matrix [out, in] from its first element on, and its rows' stride.
-pub(crate) fn with_bf16_rows<T>(matrix: &Tensor, f: impl FnOnce(&[bf16], usize) -> T) -> Result<T> {
-    let matrix = with_adjacent(matrix)?;
-    let (storage, layout) = matrix.storage_and_layout();
-    let Storage::Cpu(CpuStorage::BF16(values)) = &*storage else {
-        return Err(crate::Error::Device(format!("a CPU kernel was given a {:?} matrix on {:?}", matrix.dtype(), matrix.device())));
-    };
-    Ok(f(&values[layout.start_offset()..], matrix.stride()[0]))
 }
 
 /// A vector of `len` elements, all of which `fill` writes: the memory is not cleared before.

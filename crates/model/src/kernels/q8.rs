@@ -4,72 +4,35 @@
 //! The weights lie as vector instructions take them: sixteen rows side by side, four inputs of each at a time, as unsigned numbers (128 added),
 //! for VNNI's and AMX's products of unsigned by signed bytes.
 
-use super::{SharedOut, dot};
+use super::packed::{GROUP, Line, Product, STEP as BLOCK, each_groups};
+use super::{dot, elementwise::widest};
 use half::f16;
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Inputs that share a scale.
-pub(crate) const BLOCK: usize = 32;
-/// Rows that lie side by side.
-pub(crate) const GROUP: usize = 16;
-/// Bytes of a block of a group's rows.
-const BLOCK_BYTES: usize = BLOCK * GROUP;
+/// Cache lines of a group's block: four inputs each.
+pub(super) const LINES: usize = BLOCK / 4;
 /// What is added to a weight's number.
 const OFFSET: i32 = 128;
-/// Multiply-adds below which splitting over threads costs more than it saves.
-const SERIAL_BELOW: usize = 64 * 1024;
-/// A task's weights stay in the second-level cache, where all tokens find them.
-const TASK_BYTES: usize = 512 * 1024;
 
-/// A cache line of weights.
-#[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
-pub(crate) struct Line([u8; 64]);
-
-/// Some rows and first columns of laid out weights.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Weights<'a> {
-    /// [groups][blocks][8 x 4 inputs][16 rows][4].
-    pub lines: &'a [Line],
-    /// [groups][blocks][16 rows].
-    pub scales: &'a [f16],
-    /// Blocks of a whole row.
-    pub row_blocks: usize,
-    /// Rows that are used.
-    pub rows: usize,
-}
-
-impl Weights<'_> {
-    fn block(&self, group: usize, block: usize) -> (*const u8, &[f16; GROUP]) {
-        let at = group * self.row_blocks + block;
-        let lines = &self.lines[at * (BLOCK_BYTES / 64)..][..BLOCK_BYTES / 64];
-        let (scales, _) = self.scales[at * GROUP..].as_chunks();
-        (lines.as_ptr().cast(), &scales[0])
-    }
-
-    /// The number and the scale of a weight.
-    pub fn at(&self, row: usize, column: usize) -> (i8, f16) {
-        let (lines, scales) = self.block(row / GROUP, column / BLOCK);
-        let place = column % BLOCK / 4 * 64 + row % GROUP * 4 + column % 4;
-        // SAFETY: within the block's 512 bytes
-        let stored = unsafe { *lines.add(place) };
-        ((i32::from(stored) - OFFSET) as i8, scales[row % GROUP])
-    }
+/// The number, without its scale, of a weight of a group's block.
+pub(super) fn at(lines: &[Line], row: usize, column: usize) -> f32 {
+    (i32::from(lines[column / 4].0[row * 4 + column % 4]) - OFFSET) as f32
 }
 
 /// Weights [rows, columns] as they are laid out; absent rows and columns are zeros of scale 0. `block(row, block)` gives a block's scale and numbers.
 pub(crate) fn lay_out(rows: usize, columns: usize, block: impl Fn(usize, usize) -> (f16, [i8; BLOCK]) + Sync) -> (Vec<Line>, Vec<f16>) {
     let (groups, blocks) = (rows.div_ceil(GROUP), columns.div_ceil(BLOCK));
-    let mut lines = vec![Line([OFFSET as u8; 64]); groups * blocks * BLOCK_BYTES / 64];
+    let mut lines = vec![Line([OFFSET as u8; 64]); groups * blocks * LINES];
     let mut scales = vec![f16::ZERO; groups * blocks * GROUP];
-    let per_group = (lines.par_chunks_mut((blocks * BLOCK_BYTES / 64).max(1)), scales.par_chunks_mut((blocks * GROUP).max(1)));
+    let per_group = (lines.par_chunks_mut((blocks * LINES).max(1)), scales.par_chunks_mut((blocks * GROUP).max(1)));
     per_group.0.zip(per_group.1).enumerate().for_each(|(group, (lines, scales))| {
         for row in 0..GROUP.min(rows - group * GROUP) {
             for b in 0..blocks {
                 let (scale, numbers) = block(group * GROUP + row, b);
                 scales[b * GROUP + row] = scale;
                 for (i, number) in numbers.iter().enumerate() {
-                    lines[b * (BLOCK_BYTES / 64) + i / 4].0[row * 4 + i % 4] = (i32::from(*number) + OFFSET) as u8;
+                    lines[b * LINES + i / 4].0[row * 4 + i % 4] = (i32::from(*number) + OFFSET) as u8;
                 }
             }
         }
@@ -98,6 +61,9 @@ struct Activations {
     blocks: usize,
 }
 
+/// A token's numbers and what they are made of, its scales and its corrections.
+type Row<'a> = ((&'a mut [i8], &'a [f32]), (&'a mut [f32], &'a mut [i32]));
+
 impl Activations {
     fn new(x: &[f32], tokens: usize, k: usize) -> Self {
         let blocks = k.div_ceil(BLOCK);
@@ -105,19 +71,20 @@ impl Activations {
         if blocks == 0 {
             return of;
         }
-        let rows = of.numbers.par_chunks_mut(blocks * BLOCK).zip(of.scales.par_chunks_mut(blocks)).zip(of.corrections.par_chunks_mut(blocks));
-        let fill = |(((numbers, scales), corrections), x): (((&mut [i8], &mut [f32]), &mut [i32]), &[f32])| round_row(x, numbers, scales, corrections);
+        let fill = |((numbers, x), (scales, corrections)): Row<'_>| round_row(x, numbers, scales, corrections);
+        let width = blocks * BLOCK;
         if tokens < 4 {
-            let rows = of.numbers.chunks_mut(blocks * BLOCK).zip(of.scales.chunks_mut(blocks)).zip(of.corrections.chunks_mut(blocks));
-            rows.zip(x.chunks(k)).for_each(fill);
+            let blocks = of.scales.chunks_mut(blocks).zip(of.corrections.chunks_mut(blocks));
+            of.numbers.chunks_mut(width).zip(x.chunks(k)).zip(blocks).for_each(fill);
         } else {
-            rows.zip(x.par_chunks(k)).for_each(fill);
+            let blocks = of.scales.par_chunks_mut(blocks).zip(of.corrections.par_chunks_mut(blocks));
+            of.numbers.par_chunks_mut(width).zip(x.par_chunks(k)).zip(blocks).for_each(fill);
         }
         of
     }
 }
 
-super::elementwise::widest!(round_row, round_row_body, (x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections: &mut [i32]));
+widest!(round_row, round_row_body, (x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections: &mut [i32]));
 
 #[inline(always)]
 fn round_row_body(x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections: &mut [i32]) {
@@ -144,29 +111,11 @@ fn round_row_body(x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections
     }
 }
 
-/// A product's weights [out, k] and where its results [tokens, out] go.
-pub(crate) struct Product<'a> {
-    pub weights: Weights<'a>,
-    pub y: SharedOut,
-}
-
-/// x [tokens, k] times every product's weights transposed.
-pub(crate) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'_>]) {
-    assert!(x.len() >= tokens * k, "whole rows");
+/// As [`super::packed::multiply`].
+pub(super) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'_>]) {
     let x = Activations::new(x, tokens, k);
-    let outputs: usize = products.iter().map(|p| p.weights.rows).sum();
-    let serial = rayon::current_num_threads() == 1 || tokens * k * outputs < SERIAL_BELOW;
-    let shared = if serial { usize::MAX } else { outputs.div_ceil(GROUP).div_ceil(rayon::current_num_threads() * 4) };
-    // an even number: tiles take two groups at a time
-    let groups = (TASK_BYTES / (x.blocks.max(1) * BLOCK_BYTES)).min(shared).max(2).next_multiple_of(2);
-    let tasks: Vec<(usize, usize)> =
-        products.iter().enumerate().flat_map(|(i, p)| (0..p.weights.rows.div_ceil(GROUP)).step_by(groups).map(move |from| (i, from))).collect();
     let kernel = Kernel::best(tokens);
-    let run = |&(i, from): &(usize, usize)| {
-        let product = &products[i];
-        kernel.run(&x, tokens, product, from, (from + groups).min(product.weights.rows.div_ceil(GROUP)));
-    };
-    if serial { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
+    each_groups(products, tokens, k, |product, groups| kernel.run(&x, tokens, product, groups));
 }
 
 /// Ways to compute the same bits.
@@ -193,53 +142,41 @@ impl Kernel {
         Self::Plain
     }
 
-    fn run(self, x: &Activations, tokens: usize, product: &Product<'_>, from: usize, to: usize) {
+    fn run(self, x: &Activations, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
         match self {
-            Self::Plain => plain(x, tokens, product, from, to),
+            Self::Plain => plain(x, tokens, product, groups),
             // SAFETY: `best` has found the features
             #[cfg(target_arch = "x86_64")]
-            Self::Vnni => unsafe { vnni::groups(x, 0..tokens, product, from, to) },
+            Self::Vnni => unsafe { vnni::groups(x, 0..tokens, product, groups) },
             // SAFETY: as above
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx => unsafe { amx::groups(x, tokens, product, from, to) },
+            Self::Amx => unsafe { amx::groups(x, tokens, product, groups) },
         }
     }
 }
 
-/// Writes the results of a group's rows for one token.
-fn write(product: &Product<'_>, token: usize, group: usize, results: &[f32; GROUP]) {
-    let rows = product.weights.rows;
-    let count = GROUP.min(rows - group * GROUP);
-    // SAFETY: the part of the result that is this task's
-    unsafe { product.y.get().add(token * rows + group * GROUP).copy_from_nonoverlapping(results.as_ptr(), count) };
-}
-
-fn plain(x: &Activations, tokens: usize, product: &Product<'_>, from: usize, to: usize) {
-    for group in from..to {
+fn plain(x: &Activations, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
+    for group in groups {
         for token in 0..tokens {
             let mut results = [0f32; GROUP];
             for block in 0..x.blocks {
-                let (lines, scales) = product.weights.block(group, block);
-                // SAFETY: a block has 512 bytes
-                let lines = unsafe { std::slice::from_raw_parts(lines, BLOCK_BYTES) };
+                let (lines, scales) = (&product.weights.step(group, block)[..LINES], product.weights.scales(group, block));
                 let at = token * x.blocks + block;
                 sum_block(lines, scales, &x.numbers[at * BLOCK..][..BLOCK], x.scales[at], x.corrections[at], &mut results);
             }
-            write(product, token, group, &results);
+            product.write(token, group, &results);
         }
     }
 }
 
-super::elementwise::widest!(sum_block, sum_block_body, (lines: &[u8], scales: &[f16; GROUP], numbers: &[i8], scale: f32, correction: i32, results: &mut [f32; GROUP]));
+widest!(sum_block, sum_block_body, (lines: &[Line], scales: &[f16; GROUP], numbers: &[i8], scale: f32, correction: i32, results: &mut [f32; GROUP]));
 
 #[inline(always)]
-fn sum_block_body(lines: &[u8], scales: &[f16; GROUP], numbers: &[i8], scale: f32, correction: i32, results: &mut [f32; GROUP]) {
+fn sum_block_body(lines: &[Line], scales: &[f16; GROUP], numbers: &[i8], scale: f32, correction: i32, results: &mut [f32; GROUP]) {
     let mut sums = [correction; GROUP];
-    for (line, numbers) in lines.chunks_exact(64).zip(numbers.chunks_exact(4)) {
-        for row in 0..GROUP {
-            for i in 0..4 {
-                sums[row] += i32::from(line[4 * row + i]) * i32::from(numbers[i]);
-            }
+    for (line, numbers) in lines.iter().zip(numbers.chunks_exact(4)) {
+        for (sum, weights) in sums.iter_mut().zip(line.0.chunks_exact(4)) {
+            *sum += weights.iter().zip(numbers).map(|(weight, number)| i32::from(*weight) * i32::from(*number)).sum::<i32>();
         }
     }
     for row in 0..GROUP {
@@ -249,7 +186,7 @@ fn sum_block_body(lines: &[u8], scales: &[f16; GROUP], numbers: &[i8], scale: f3
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{Activations, BLOCK, GROUP, Product, write};
+    use super::{Activations, BLOCK, GROUP, LINES, Product};
     use std::arch::x86_64::*;
     use std::ops::Range;
 
@@ -260,8 +197,8 @@ mod vnni {
     /// # Safety
     /// [`available`] must be true.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
-    pub unsafe fn groups(x: &Activations, tokens: Range<usize>, product: &Product<'_>, from: usize, to: usize) {
-        for group in from..to {
+    pub unsafe fn groups(x: &Activations, tokens: Range<usize>, product: &Product<'_>, groups: Range<usize>) {
+        for group in groups {
             let (mut token, tokens) = (tokens.start, tokens.end);
             // SAFETY: the features are those of this function
             unsafe {
@@ -292,12 +229,12 @@ mod vnni {
     unsafe fn some<const T: usize>(x: &Activations, token: usize, product: &Product<'_>, group: usize) {
         let mut totals = [_mm512_setzero_ps(); T];
         for block in 0..x.blocks {
-            let (lines, scales) = product.weights.block(group, block);
-            // SAFETY: sixteen scales, and 512 bytes of a block
-            let (scales, weights): (__m512, [__m512i; 8]) = unsafe {
-                (_mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())), std::array::from_fn(|i| _mm512_load_si512(lines.add(64 * i).cast())))
+            let (lines, scales) = (&product.weights.step(group, block)[..LINES], product.weights.scales(group, block));
+            // SAFETY: sixteen scales, and lines of 64 bytes
+            let (scales, weights): (__m512, [__m512i; LINES]) = unsafe {
+                (_mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())), std::array::from_fn(|i| _mm512_load_si512((&raw const lines[i]).cast())))
             };
-            for t in 0..T {
+            for (t, total) in totals.iter_mut().enumerate() {
                 let at = (token + t) * x.blocks + block;
                 let mut sum = _mm512_set1_epi32(x.corrections[at]);
                 let numbers = x.numbers[at * BLOCK..][..BLOCK].as_ptr();
@@ -306,23 +243,24 @@ mod vnni {
                     sum = _mm512_dpbusd_epi32(sum, *weights, _mm512_set1_epi32(unsafe { numbers.add(4 * i).cast::<i32>().read_unaligned() }));
                 }
                 let scale = _mm512_mul_ps(scales, _mm512_set1_ps(x.scales[at]));
-                totals[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[t]);
+                *total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, *total);
             }
         }
         for (t, total) in totals.into_iter().enumerate() {
             let mut results = [0f32; GROUP];
             // SAFETY: sixteen elements
             unsafe { _mm512_storeu_ps(results.as_mut_ptr(), total) };
-            write(product, token + t, group, &results);
+            product.write(token + t, group, &results);
         }
     }
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx {
-    use super::{Activations, BLOCK, GROUP, Product, write};
+    use super::{Activations, BLOCK, GROUP, LINES, Product};
     use std::arch::asm;
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     /// Tokens of a tile.
     const TOKENS: usize = 16;
@@ -364,7 +302,8 @@ mod amx {
     /// # Safety
     /// The processor must have AMX's tiles of bytes, which the system lets this process use, and what [`super::vnni`] needs.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
-    pub unsafe fn groups(x: &Activations, tokens: usize, product: &Product<'_>, from: usize, to: usize) {
+    pub unsafe fn groups(x: &Activations, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
+        let Range { start: from, end: to } = groups;
         let (whole_groups, whole_tokens) = (from + (to - from) / 2 * 2, tokens / (2 * TOKENS) * (2 * TOKENS));
         {
             let _tiles = Tiles::configure();
@@ -378,10 +317,10 @@ mod amx {
         // SAFETY: the features are those of this function
         unsafe {
             if whole_tokens < tokens {
-                super::vnni::groups(x, whole_tokens..tokens, product, from, whole_groups);
+                super::vnni::groups(x, whole_tokens..tokens, product, from..whole_groups);
             }
             if whole_groups < to {
-                super::vnni::groups(x, 0..tokens, product, whole_groups, to);
+                super::vnni::groups(x, 0..tokens, product, whole_groups..to);
             }
         }
     }
@@ -396,7 +335,7 @@ mod amx {
         let mut sums = Sums([[[0; GROUP]; TOKENS]; 4]);
         let stride = x.blocks * BLOCK;
         for block in 0..x.blocks {
-            let ((low, low_scales), (high, high_scales)) = (product.weights.block(group, block), product.weights.block(group + 1, block));
+            let [low, high] = [group, group + 1].map(|g| product.weights.step(g, block)[..LINES].as_ptr());
             let first = x.numbers[token * stride + block * BLOCK..][..(2 * TOKENS - 1) * stride + BLOCK].as_ptr();
             // SAFETY: two times 16 rows of 32 bytes, two blocks of 512, and four tiles of sums
             unsafe {
@@ -429,7 +368,7 @@ mod amx {
                 );
             }
             // SAFETY: sixteen scales each
-            let scales = unsafe { [low_scales, high_scales].map(|s| _mm512_cvtph_ps(_mm256_loadu_si256(s.as_ptr().cast()))) };
+            let scales = unsafe { [group, group + 1].map(|g| _mm512_cvtph_ps(_mm256_loadu_si256(product.weights.scales(g, block).as_ptr().cast()))) };
             for (tile, (sums, totals)) in sums.0.iter().zip(&mut totals).enumerate() {
                 for (row, (sums, total)) in sums.iter().zip(totals).enumerate() {
                     let at = (token + tile / 2 * TOKENS + row) * x.blocks + block;
@@ -444,14 +383,15 @@ mod amx {
             }
         }
         for (tile, totals) in totals.iter().enumerate() {
-            totals.iter().enumerate().for_each(|(row, total)| write(product, token + tile / 2 * TOKENS + row, group + tile % 2, total));
+            totals.iter().enumerate().for_each(|(row, total)| product.write(token + tile / 2 * TOKENS + row, group + tile % 2, total));
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::unfilled;
+    use super::super::packed::{Format, Weights};
+    use super::super::{SharedOut, unfilled};
     use super::*;
 
     fn number(i: usize) -> f32 {
@@ -465,11 +405,11 @@ mod tests {
             let x: Vec<f32> = (0..tokens * k).map(|i| number(i * 31 + 7)).collect();
             let block = |row: usize, block: usize| quantize(&w[row * k..(row + 1) * k][block * BLOCK..k.min((block + 1) * BLOCK)]);
             let (lines, scales) = lay_out(rows, k, block);
-            let weights = Weights { lines: &lines, scales: &scales, row_blocks: k.div_ceil(BLOCK), rows };
+            let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: k.div_ceil(BLOCK), rows };
             let activations = Activations::new(&x, tokens, k);
             let by = |kernel: Kernel| {
                 let mut y = unfilled(tokens * rows);
-                kernel.run(&activations, tokens, &Product { weights, y: SharedOut(y.as_mut_ptr()) }, 0, rows.div_ceil(GROUP));
+                kernel.run(&activations, tokens, &Product { weights, y: SharedOut(y.as_mut_ptr()) }, 0..rows.div_ceil(GROUP));
                 y
             };
             let plain = by(Kernel::Plain);
@@ -479,8 +419,7 @@ mod tests {
                     let found = f64::from(plain[token * rows + row]);
                     assert!((found - exact).abs() < 0.01 * (k as f64).sqrt(), "{tokens} {rows} {k}: {found} {exact}");
                 }
-                let (number, scale) = weights.at(row, k - 1);
-                assert!((f32::from(number) * scale.to_f32() - w[row * k + k - 1]).abs() < 0.005);
+                assert!((weights.at(row, k - 1) - w[row * k + k - 1]).abs() < 0.005);
             }
             #[cfg(target_arch = "x86_64")]
             if vnni::available() {
@@ -504,7 +443,7 @@ mod tests {
         let (lines, scales) = lay_out(rows, k, of);
         let x: Vec<f32> = (0..tokens * narrow).map(number).collect();
         let padded: Vec<f32> = x.chunks(narrow).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, k - narrow))).collect();
-        let weights = Weights { lines: &lines, scales: &scales, row_blocks: 3, rows };
+        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: 3, rows };
         let by = |x: &[f32], k: usize| {
             let mut y = unfilled(tokens * rows);
             multiply(x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
