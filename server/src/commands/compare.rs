@@ -226,7 +226,7 @@ fn prune(setting: &Setting<'_>, directory: &Path, options: run::PruneOptions) ->
             model: args.model.model.clone(),
             revision: args.model.revision.clone(),
             model_sha256: setting.sha256.clone(),
-            dtype: setting.decoder.weight_type().as_str().to_string(),
+            dtype: setting.decoder.weight_type().plain()?.as_str().to_string(),
             calibration: args.tuning.calibration.clone(),
             eval_text: None,
             options,

@@ -93,7 +93,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
             model: named,
             revision: model.revision,
             model_sha256: model_sha256.clone(),
-            dtype: decoder.weight_type().as_str().to_string(),
+            dtype: decoder.weight_type().plain()?.as_str().to_string(),
             calibration: calibration.iter().map(absolute).collect(),
             eval_text: eval_text.as_ref().map(absolute),
             options,

@@ -2,7 +2,7 @@
 
 use crate::setting::{root, tiny};
 use crate::small_models::{FFN, GROUPS, decoder, difference, families, logits, model, pattern};
-use evop_model::{Checkpoint, Config, DType, Error, Pattern, RawTensor, ShapeOrigin, Source};
+use evop_model::{Checkpoint, Config, DType, Decoder, Device, Error, Pattern, RawTensor, ShapeOrigin, Source};
 use evop_pruning::checkpoint::{Contents, Format, Target, WeightType, write_pattern};
 use serde_json::{Value, json};
 use std::borrow::Cow;
@@ -170,6 +170,15 @@ fn gguf_types_keep_what_they_can() {
         let checkpoint = Checkpoint::open(&out).unwrap();
         let difference = difference(&expected, &logits(&decoder(&checkpoint)));
         assert!(difference <= worst, "{weights:?}: {difference}");
+        if weights == Some(WeightType::Q8_0) {
+            // the file's blocks as they are, multiplied with activations in 8 bits
+            let [plain, blocks] = [DType::F32.into(), evop_model::WeightType::Q8_0].map(|held| checkpoint.decoder(&Device::Cpu, held).unwrap());
+            let values = |decoder: &Decoder, s: usize| decoder.sub_block(s).unwrap().output().weight().unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(values(&plain, 0), values(&blocks, 0));
+            assert_eq!(values(&plain, 9), values(&blocks, 9));
+            let rounded = self::difference(&expected, &logits(&blocks));
+            assert!(rounded < 2.0 * worst, "{rounded}");
+        }
         assert_eq!(checkpoint.config().layers[3].shape.ffn, 0, "the MLP of zeros in layer 3 isn't read");
         sizes.push(written.weight_bytes);
         // 32 columns of that down_proj are no 256
