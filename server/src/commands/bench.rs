@@ -1,6 +1,7 @@
 //! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it, and how fast a search can run.
 
 mod search;
+mod shape;
 
 use super::model_args::ModelArgs;
 use crate::models::ModelSource;
@@ -8,7 +9,9 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use evop_model::device::weight_type;
 use evop_model::{Config, Decoder, FixedCache, PagedCache, Span};
+use rayon::prelude::*;
 use serde::Serialize;
+use shape::Shape;
 use std::time::Instant;
 
 /// Options of `evop bench`.
@@ -16,6 +19,7 @@ use std::time::Instant;
 #[command(after_help = "Examples:\n  \
     evop bench decode --model ./pruned --against ./SmolLM2 --batch 1,4,16\n  \
     evop bench prefill --model ./pruned --against ./SmolLM2 --length 512 --dtype bf16\n  \
+    evop bench decode --random llama-3.2-1b --dtype q8_0\n  \
     evop bench search --model ./SmolLM2 --dtype bf16 --threads 1")]
 pub struct BenchArgs {
     #[command(subcommand)]
@@ -33,11 +37,30 @@ pub enum Bench {
     Search(search::SearchArgs),
 }
 
+/// What is measured.
+#[derive(Debug, Clone, Args)]
+pub struct MeasuredArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Random weights in the shape of a known model, instead of a checkpoint.
+    #[arg(long, value_name = "SHAPE", conflicts_with = "model", help_heading = "Model")]
+    pub random: Option<Shape>,
+}
+
+impl MeasuredArgs {
+    /// The checkpoint or the random weights, loaded.
+    pub fn load(&self) -> Result<Decoder> {
+        let Some(shape) = self.random else { return Ok(self.model.load()?.1) };
+        let device = self.model.device.open()?;
+        shape.decoder(&device, weight_type(&device, self.model.dtype.weights())?)
+    }
+}
+
 /// What both have.
 #[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub measured: MeasuredArgs,
     /// Another checkpoint, measured in turns with the first one.
     #[arg(long, value_name = "MODEL")]
     pub against: Option<String>,
@@ -84,6 +107,9 @@ struct Line {
     tokens_per_second: [f64; 3],
     /// The same of the other checkpoint.
     against: Option<[f64; 3]>,
+    /// Decoding: weights read, in GB/s, and their share of what this machine reads (a CPU's).
+    gigabytes_per_second: Option<f64>,
+    share_of_bandwidth: Option<f64>,
     /// The first one's median over the other's.
     speed_up: Option<f64>,
     /// What the weights' bytes promise (read once a step: decoding few sequences).
@@ -119,13 +145,16 @@ fn speeds(
     if least.is_none_or(|n| n == 0) {
         bail!("sizes and lengths: expected at least 1, found 0");
     }
-    let (_, decoder) = common.model.load()?;
-    let other = common.against.as_deref().map(|name| load_beside(name, &common.model)).transpose()?;
+    let decoder = common.measured.load()?;
+    let other = common.against.as_deref().map(|name| load_beside(name, &common.measured.model)).transpose()?;
     for config in [Some(decoder.config()), other.as_ref().map(Decoder::config)].into_iter().flatten() {
         if longest > config.max_position_embeddings {
             bail!("{longest} tokens: expected at most the model's context of {}", config.max_position_embeddings);
         }
     }
+    // (in turns with what it is the bound of)
+    let mut bandwidth = Vec::new();
+    let decoding = what == "sequences";
     let mut lines = Vec::new();
     for size in sizes {
         let (mut own, mut others) = (Vec::new(), Vec::new());
@@ -135,16 +164,22 @@ fn speeds(
             if let Some(other) = &other {
                 others.push(measure(other, *size)?);
             }
+            if decoding && decoder.device().is_cpu() {
+                bandwidth.push(read_bandwidth());
+            }
         }
         let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
         let ideal = |of: &dyn Fn(&Config) -> usize| other.as_ref().map(|o| of(o.config()) as f64 / of(decoder.config()) as f64);
         let with_head = |c: &Config| c.block_parameters() + c.vocab_size * c.hidden_size;
         // (a prompt needs the head for its last token only)
-        let multiplied = |c: &Config| if what == "sequences" { with_head(c) } else { c.block_parameters() };
+        let multiplied = |c: &Config| if decoding { with_head(c) } else { c.block_parameters() };
+        let read = decoding.then(|| own[0] / *size as f64 * decoder.weight_type().bytes(with_head(decoder.config())) as f64);
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
             against,
+            gigabytes_per_second: read.map(|r| r / 1e9),
+            share_of_bandwidth: read.filter(|_| !bandwidth.is_empty()).map(|r| r / spread(bandwidth.clone())[0]),
             speed_up: against.map(|a| own[0] / a[0]),
             ideal_by_bytes: ideal(&with_head),
             ideal_by_flops: ideal(&multiplied),
@@ -154,10 +189,15 @@ fn speeds(
         println!("{}", serde_json::to_string_pretty(&lines)?);
         return Ok(());
     }
-    println!("{what:>9}{:>12}{:>20}{:>12}{:>20}{:>10}{:>10}{:>10}", "tokens/s", "from - to", "against", "from - to", "speed-up", "by bytes", "by FLOPs");
+    println!(
+        "{what:>9}{:>12}{:>20}{:>8}{:>12}{:>12}{:>20}{:>10}{:>10}{:>10}",
+        "tokens/s", "from - to", "GB/s", "of the bound", "against", "from - to", "speed-up", "by bytes", "by FLOPs"
+    );
     for line in lines {
         let range = |s: [f64; 3]| format!("{:.1} - {:.1}", s[1], s[2]);
-        print!("{:>9}{:>12.1}{:>20}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
+        let gigabytes = line.gigabytes_per_second.map_or(String::new(), |g| format!("{g:.1}"));
+        let share = line.share_of_bandwidth.map_or(String::new(), |s| format!("{:.0}%", 100.0 * s));
+        print!("{:>9}{:>12.1}{:>20}{gigabytes:>8}{share:>13}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
         if let (Some(a), Some(s), Some(bytes), Some(flops)) = (line.against, line.speed_up, line.ideal_by_bytes, line.ideal_by_flops) {
             print!("{:>12.1}{:>20}{s:>9.2}x{bytes:>9.2}x{flops:>9.2}x", a[0], range(a));
         }
@@ -172,6 +212,18 @@ fn load_beside(name: &str, like: &ModelArgs) -> Result<Decoder> {
     let weights = weight_type(&device, like.dtype.weights())?;
     let checkpoint = ModelSource::parse(Some(name))?.open(None).with_context(|| format!("--against {name}"))?;
     Ok(checkpoint.decoder(&device, weights)?)
+}
+
+/// Bytes a second that all threads read together out of memory that no cache holds.
+fn read_bandwidth() -> f64 {
+    /// 512 MB.
+    const WORDS: usize = 64 << 20;
+    static MEMORY: std::sync::OnceLock<Vec<u64>> = std::sync::OnceLock::new();
+    let words = MEMORY.get_or_init(|| (0..WORDS as u64).collect());
+    let started = Instant::now();
+    let sum = words.par_chunks(1 << 16).map(|part| part.iter().fold(0u64, |sum, word| sum.wrapping_add(*word))).reduce(|| 0, u64::wrapping_add);
+    std::hint::black_box(sum);
+    (WORDS * size_of::<u64>()) as f64 / started.elapsed().as_secs_f64()
 }
 
 /// Median, least and most.

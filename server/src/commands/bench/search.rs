@@ -1,7 +1,6 @@
 //! `evop bench search`: what evaluating patterns is made of, beside what the machine multiplies.
 
-use super::{spread, token};
-use crate::commands::model_args::ModelArgs;
+use super::{MeasuredArgs, spread, token};
 use anyhow::{Result, bail};
 use clap::Args;
 use evop_model::{Config, Decoder, Linear, NoCache, Span, Tensor};
@@ -17,7 +16,7 @@ const SIDE: usize = 2_048;
 #[derive(Debug, Clone, Args)]
 pub struct SearchArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
+    pub measured: MeasuredArgs,
     /// Sequences that are evaluated together.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub sequences: usize,
@@ -52,7 +51,7 @@ struct Speeds {
 /// Runs the command. `threads` is how many compute.
 pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
     let (sequences, length) = (args.sequences, args.sequence_length);
-    let (_, decoder) = args.model.load()?;
+    let decoder = args.measured.load()?;
     let config = decoder.config();
     if sequences == 0 || length < 2 || length > config.max_position_embeddings {
         bail!(

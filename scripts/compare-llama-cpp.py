@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Decode and prefill speed beside llama.cpp's, on the same GGUF files, in turns.
+
+usage: compare-llama-cpp.py EVOP LLAMA_BIN_DIRECTORY TYPE=FILE.gguf ... [--threads 2] [--rounds 5]
+
+TYPE is evop's --dtype for that file: q8_0, bf16 or f32. LLAMA_BIN_DIRECTORY has llama-bench and llama-batched-bench, built on this machine.
+Prints a table of medians: tokens a second of decoding 1, 4 and 16 sequences (128 tokens of prompt, 64 new ones) and of a prompt of 512.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+
+BATCHES = [1, 4, 16]
+
+
+def run(command):
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def evop(args, kind, file):
+    common = ["--threads", str(args.threads), "--model", file, "--dtype", kind, "--repeats", "1", "--json"]
+    decode = json.loads(run([args.evop, "bench", "decode", "--batch", ",".join(map(str, BATCHES)), *common]))
+    prefill = json.loads(run([args.evop, "bench", "prefill", "--length", "512", *common]))
+    return [line["tokens_per_second"][0] for line in decode + prefill]
+
+
+def llama_cpp(args, file):
+    binary = lambda name: os.path.join(args.llama, name)
+    lines = run([binary("llama-batched-bench"), "-m", file, "-t", str(args.threads), "-c", "8192", "-npp", "128", "-ntg", "64",
+                 "-npl", ",".join(map(str, BATCHES)), "--output-format", "jsonl"]).splitlines()
+    decode = [json.loads(line)["speed_tg"] for line in lines if line.startswith("{")]
+    prefill = json.loads(run([binary("llama-bench"), "-m", file, "-t", str(args.threads), "-p", "512", "-n", "0", "-r", "1", "-o", "json"]))
+    return decode + [prefill[0]["avg_ts"]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("evop")
+    parser.add_argument("llama", metavar="LLAMA_BIN_DIRECTORY")
+    parser.add_argument("files", nargs="+", metavar="TYPE=FILE.gguf")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print("| type | measure | evop | llama.cpp | ratio |\n| --- | --- | --- | --- | --- |")
+    for kind, file in (of.split("=", 1) for of in args.files):
+        ours, theirs = [], []
+        for _ in range(args.rounds):
+            ours.append(evop(args, kind, file))
+            theirs.append(llama_cpp(args, file))
+        names = [f"decode, {n} at once" for n in BATCHES] + ["prefill 512"]
+        for name, a, b in zip(names, zip(*ours), zip(*theirs)):
+            a, b = statistics.median(a), statistics.median(b)
+            print(f"| {kind} | {name} | {a:,.0f} | {b:,.0f} | {a / b:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
