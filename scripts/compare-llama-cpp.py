@@ -27,12 +27,15 @@ def evop(args, kind, file):
 
 
 def llama_cpp(args, file):
-    binary = lambda name: os.path.join(args.llama, name)
-    lines = run([binary("llama-batched-bench"), "-m", file, "-t", str(args.threads), "-c", "8192", "-npp", "128", "-ntg", "64",
-                 "-npl", ",".join(map(str, BATCHES)), "--output-format", "jsonl"]).splitlines()
-    decode = [json.loads(line)["speed_tg"] for line in lines if line.startswith("{")]
-    prefill = json.loads(run([binary("llama-bench"), "-m", file, "-t", str(args.threads), "-p", "512", "-n", "0", "-r", "1", "-o", "json"]))
-    return decode + [prefill[0]["avg_ts"]]
+    """One sequence and prompts by llama-bench, several sequences by llama-batched-bench (which is slower than llama-bench for one)."""
+    def bench(*options):
+        command = [os.path.join(args.llama, "llama-bench"), "-m", file, "-t", str(args.threads), "-r", "1", "-o", "json", *options]
+        return json.loads(run(command))[0]["avg_ts"]
+
+    batched = run([os.path.join(args.llama, "llama-batched-bench"), "-m", file, "-t", str(args.threads), "-c", "8192", "-npp", "128", "-ntg", "64",
+                   "-npl", ",".join(map(str, BATCHES[1:])), "--output-format", "jsonl"]).splitlines()
+    several = [json.loads(line)["speed_tg"] for line in batched if line.startswith("{")]
+    return [bench("-p", "0", "-n", "64", "-d", "128"), *several, bench("-p", "512", "-n", "0")]
 
 
 def main():
