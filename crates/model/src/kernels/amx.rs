@@ -15,18 +15,28 @@ pub(super) const BLOCK: usize = 2 * TILE;
 /// Tokens below which one thread tiles them all.
 const SERIAL_BELOW: usize = 2 * BLOCK;
 
-/// Whether the processor has the tiles and the system lets this process use them.
+/// Whether the processor has tiles of bf16 and the system lets this process use them.
 pub(super) fn available() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
-        // CPUID.(EAX=7, ECX=0):EDX, bits 22 (AMX-BF16) and 24 (AMX-TILE)
-        let features = __cpuid_count(7, 0).edx;
-        let has = features >> 22 & 1 == 1 && features >> 24 & 1 == 1 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
         /// Linux asks that a process requests the tiles' state (18) before it uses them.
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        let has = has_feature(22) && has_feature(24) && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
         // SAFETY: a request that changes nothing but the permission
         has && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, 18) } == 0
     })
+}
+
+/// Whether there are tiles of bytes too.
+pub(super) fn bytes_available() -> bool {
+    // (a virtual machine answers CPUID slowly: asked once)
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| available() && has_feature(25))
+}
+
+/// CPUID.(EAX=7, ECX=0):EDX: bit 22 is AMX-BF16, 24 AMX-TILE, 25 AMX-INT8.
+fn has_feature(bit: u32) -> bool {
+    __cpuid_count(7, 0).edx >> bit & 1 == 1
 }
 
 /// A tile's worth of activations: [16 tokens][16 pairs]. A row is one cache line, and loads at half the speed when it is parts of two.
@@ -93,23 +103,40 @@ unsafe fn round(x: &[f32], tokens: usize, k: usize, first: usize, tiles: &mut [T
     }
 }
 
-/// The tiles' shapes for this thread, until it is dropped: eight of 16 rows of 64 bytes.
-pub(super) struct Tiles(());
+/// The eight tiles' shapes for this thread, until it is dropped.
+pub(super) struct Shapes(());
 
-impl Tiles {
-    /// [`available`] must be true.
-    pub fn configure() -> Self {
+impl Shapes {
+    /// Bytes of a row, and rows, of every tile. [`available`] must be true.
+    pub fn configure(tiles: [(u8, u8); 8]) -> Self {
         #[repr(C, align(64))]
         struct Configuration([u8; 64]);
         let mut configuration = Configuration([0; 64]);
         configuration.0[0] = 1;
-        for tile in 0..8 {
-            configuration.0[16 + 2 * tile] = 64;
-            configuration.0[48 + tile] = TILE as u8;
+        for (tile, (bytes, rows)) in tiles.into_iter().enumerate() {
+            configuration.0[16 + 2 * tile] = bytes;
+            configuration.0[48 + tile] = rows;
         }
         // SAFETY: the instruction exists (the caller has checked) and reads these 64 bytes
         unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
         Self(())
+    }
+}
+
+impl Drop for Shapes {
+    fn drop(&mut self) {
+        // SAFETY: the thread has a configuration
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// Eight tiles of 16 rows of 64 bytes.
+pub(super) struct Tiles(Shapes);
+
+impl Tiles {
+    /// [`available`] must be true.
+    pub fn configure() -> Self {
+        Self(Shapes::configure([(64, TILE as u8); 8]))
     }
 
     /// The results of up to [`BLOCK`] tokens from `token` on and the first `outputs` rows, at most [`BLOCK`], of `group` and the next one:
@@ -139,13 +166,6 @@ impl Tiles {
                 std::ptr::copy_nonoverlapping(results.as_ptr().cast::<f32>().add(t * BLOCK), out.add(t * out_stride), outputs);
             }
         }
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        // SAFETY: the thread has a configuration
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
     }
 }
 

@@ -99,6 +99,12 @@ fn round_row_body(x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections
             largest[i % 16] = if magnitude > largest[i % 16] { magnitude } else { largest[i % 16] };
         }
         let largest = largest.iter().fold(0f32, |m, v| m.max(*v));
+        // what isn't finite must come out as NaN, not as some number
+        if block.iter().fold(0f32, |sum, v| sum + v * 0.0).is_nan() {
+            (*scale, *correction) = (f32::NAN, 0);
+            numbers.fill(0);
+            continue;
+        }
         *scale = largest / 127.0;
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         let mut sum = 0;
@@ -131,7 +137,7 @@ enum Kernel {
 impl Kernel {
     fn best(tokens: usize) -> Self {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if tokens >= amx::LEAST && super::amx::available() && vnni::available() {
+        if tokens >= amx::LEAST && super::amx::bytes_available() && vnni::available() {
             return Self::Amx;
         }
         #[cfg(target_arch = "x86_64")]
@@ -271,31 +277,8 @@ mod amx {
     #[repr(C, align(64))]
     struct Sums([[[i32; GROUP]; TOKENS]; 4]);
 
-    /// The tiles' shapes for this thread, until it is dropped: sums of 16 x 16, activations of 16 tokens by 32 bytes, weights of 8 x 64 bytes.
-    struct Tiles;
-
-    impl Tiles {
-        fn configure() -> Self {
-            #[repr(C, align(64))]
-            struct Configuration([u8; 64]);
-            let mut configuration = Configuration([0; 64]);
-            configuration.0[0] = 1;
-            for (tile, (bytes, rows)) in [(64, 16), (64, 16), (64, 16), (64, 16), (32, 16), (32, 16), (64, 8), (64, 8)].into_iter().enumerate() {
-                configuration.0[16 + 2 * tile] = bytes;
-                configuration.0[48 + tile] = rows;
-            }
-            // SAFETY: the instruction exists (the caller has checked) and reads these 64 bytes
-            unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
-            Self
-        }
-    }
-
-    impl Drop for Tiles {
-        fn drop(&mut self) {
-            // SAFETY: the thread has a configuration
-            unsafe { asm!("tilerelease", options(nostack, nomem)) };
-        }
-    }
+    /// Sums of 16 x 16, activations of 16 tokens by 32 bytes, weights of 8 x 64 bytes.
+    const SHAPES: [(u8, u8); 8] = [(64, 16), (64, 16), (64, 16), (64, 16), (32, 16), (32, 16), (64, 8), (64, 8)];
 
     /// Two groups and 32 tokens at a time; what is left over goes to the vector kernel.
     ///
@@ -306,7 +289,7 @@ mod amx {
         let Range { start: from, end: to } = groups;
         let (whole_groups, whole_tokens) = (from + (to - from) / 2 * 2, tokens / (2 * TOKENS) * (2 * TOKENS));
         {
-            let _tiles = Tiles::configure();
+            let _shapes = super::super::amx::Shapes::configure(SHAPES);
             for token in (0..whole_tokens).step_by(2 * TOKENS) {
                 for group in (from..whole_groups).step_by(2) {
                     // SAFETY: configured; whole tiles
@@ -426,12 +409,26 @@ mod tests {
                 assert_eq!(by(Kernel::Vnni), plain);
             }
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            if vnni::available() && super::super::amx::available() {
+            if vnni::available() && super::super::amx::bytes_available() {
                 assert_eq!(by(Kernel::Amx), plain);
             }
             let mut y = unfilled(tokens * rows);
             multiply(&x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
             assert_eq!(y, plain);
+        }
+    }
+
+    #[test]
+    fn activations_that_are_not_finite_come_out_as_nan() {
+        let (lines, scales) = lay_out(16, 64, |_, _| quantize(&[0.5; BLOCK]));
+        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: 2, rows: 16 };
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![1f32; 2 * 64];
+            x[70] = bad;
+            let mut y = unfilled(2 * 16);
+            multiply(&x, 2, 64, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
+            assert!(y[..16].iter().all(|v| (v - 32.0).abs() < 0.2), "the other token");
+            assert!(y[16..].iter().all(|v| v.is_nan()));
         }
     }
 
