@@ -15,7 +15,7 @@ mod look;
 mod walk;
 
 use crate::key_tokens;
-use crate::loss::Reference;
+use crate::loss::{Reference, Scoring};
 use crate::objective::{Fitness, FitnessKind, Objective, Segment};
 use crate::pack::pack;
 use crate::prefix_cache::PrefixCache;
@@ -105,10 +105,7 @@ struct Pack {
     batch: Batch,
     /// The same sequences 1, 2, … times over, for as many patterns at once; made when they are first needed.
     copies: Vec<OnceLock<Batch>>,
-    /// For the KL fitness.
-    reference: Option<Reference>,
-    /// What each predicting position of each span counts; `None`: all the same.
-    weights: Option<Vec<Vec<f32>>>,
+    scoring: Scoring,
     /// Segments of this pack, in order; each belongs to a span.
     segments: Vec<(usize, Range<usize>)>,
 }
@@ -163,26 +160,26 @@ impl<'a> Evaluator<'a> {
             }
             let (tokens, batch) = (tokens[range].concat(), decoder.batch(&spans)?);
             let copies = vec![OnceLock::new(); walk::patterns_at_once(decoder.device(), tokens.len())];
-            packs.push(Pack { tokens, batch, copies, reference: None, weights: None, segments: own });
+            packs.push(Pack { tokens, batch, copies, scoring: Scoring::default(), segments: own });
         }
-        let mut keys = Vec::new();
+        let mut gains = Vec::new();
         if objective.kind == FitnessKind::Kl || objective.key_tokens > 0.0 {
             for pack in &mut packs {
                 decoder.device().with_context(|| -> Result<()> {
                     let (tokens, spans) = (&pack.tokens, pack.batch.spans());
                     let hidden = decoder.forward(tokens, &pack.batch, &mut NoCache)?;
                     if objective.key_tokens > 0.0 {
-                        keys.push(key_tokens::find(decoder, &hidden, tokens, spans)?);
+                        gains.push(key_tokens::find(decoder, &hidden, tokens, spans)?);
                     }
                     if objective.kind == FitnessKind::Kl {
-                        pack.reference = Some(Reference::new(decoder, &hidden, spans)?);
+                        pack.scoring.reference = Some(Reference::new(decoder, &hidden, spans)?);
                     }
                     Ok(())
                 })?;
             }
         }
-        for (pack, weights) in packs.iter_mut().zip(key_tokens::weights(&keys, objective.key_tokens)) {
-            pack.weights = Some(weights);
+        for (pack, keys) in packs.iter_mut().zip(key_tokens::weigh(gains, objective.key_tokens)) {
+            pack.scoring.keys = Some(keys);
         }
         let cache = PrefixCache::new(if savings.prefix { savings.prefix_cache_bytes } else { 0 });
         Ok(Self { supernet, packs, segments, objective, savings, memo: known, anchors: Vec::new(), cache, work, record })
@@ -215,7 +212,7 @@ impl<'a> Evaluator<'a> {
 
     /// Bytes of the dense model's distributions, and of the boundary states kept (now, at most).
     pub fn bytes(&self) -> (usize, usize, usize) {
-        (self.packs.iter().filter_map(|p| p.reference.as_ref()).map(Reference::bytes).sum(), self.cache.bytes(), self.cache.limit())
+        (self.packs.iter().filter_map(|p| p.scoring.reference.as_ref()).map(Reference::bytes).sum(), self.cache.bytes(), self.cache.limit())
     }
 
     /// The patterns that come next are children of these: their boundary states are worth keeping.

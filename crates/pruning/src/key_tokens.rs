@@ -1,33 +1,59 @@
-//! Key tokens: those that a model gets right because of what lies far back, such as a name that comes again. Found as LongPPL finds them (Fang et al. 2024,
-//! arXiv 2410.23771, section 3.2): the model predicts them well, and much better with the whole sequence before them than with its last few tokens.
+//! Key tokens: those that a model gets right because of what lies far back, such as a name that comes again. LongPPL (Fang et al. 2024, arXiv 2410.23771,
+//! section 3.2) finds them by how much better a token is predicted with the whole sequence before it than with its last few tokens. Here that
+//! gain, in nats, is what a token counts.
 //!
 //! They are a few per cent of running text. A search that minimises the plain mean gives up the sub-blocks that carry them for a little
-//! gain everywhere else, and answers that hang on the context go first.
+//! gain everywhere else, and answers that hang on the context go first. What counts of them is the likelihood that the text's own token loses, not a
+//! divergence: it says better what becomes of such answers.
 
 use crate::{Result, loss, pack};
 use evop_model::{Decoder, NoCache, Span, Tensor};
 
 /// Tokens of context that count as near: between this many and twice as many.
 const NEAR: usize = 16;
-/// Nats that the rest of the context has to be worth (LongPPL's alpha).
-const GAIN: f32 = 2.0;
-/// The worst log-likelihood with the whole context (LongPPL's beta).
-const LIKELY: f32 = -2.0;
+/// The most that a token counts, in nats: one surprise must not outweigh many.
+const MOST: f32 = 5.0;
+/// The least log-likelihood, with the whole context, of a token that the model gets right.
+const LIKELY: f32 = -3.0;
 /// Tokens of windows that are computed together.
 const TOKENS_AT_ONCE: usize = 2_048;
 
-/// Which predicting positions of each packed span have a key token after them: `span.len - 1` flags a span. `hidden` [tokens, hidden] is the dense
-/// model's residual stream after the last layer.
-pub(crate) fn find(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Vec<Vec<bool>>> {
-    let far = loss::token_losses(decoder, hidden, tokens, spans, None)?;
+/// What the predicting positions of packed spans have of key tokens, one number a position each.
+#[derive(Debug)]
+pub(crate) struct Gains {
+    /// Nats that far context is worth to the dense model.
+    gains: Vec<f32>,
+    /// The dense model's log-likelihood of the token that comes.
+    log_likelihoods: Vec<f32>,
+}
+
+/// Weights under which key tokens make up a share of the mean loss, where all losses are equal.
+#[derive(Debug)]
+pub(crate) struct KeyTokens {
+    /// What any position's loss counts.
+    pub others: f32,
+    /// What the likelihood counts that the token at a position loses against the dense model.
+    pub weights: Vec<f32>,
+    /// The dense model's log-likelihood of it.
+    pub dense: Vec<f32>,
+}
+
+/// `hidden` [tokens, hidden] is the dense model's residual stream after the last layer.
+pub(crate) fn find(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Gains> {
+    let mut found = Gains { gains: Vec::new(), log_likelihoods: Vec::new() };
     let mut start = 0;
-    let mut found = Vec::with_capacity(spans.len());
-    for (span, far) in spans.iter().zip(far) {
+    for (span, far) in spans.iter().zip(loss::token_losses(decoder, hidden, tokens, spans)?) {
         let near = near_losses(decoder, &tokens[start..start + span.len])?;
-        found.push(far.iter().zip(near).map(|(far, near)| near - far > GAIN && -far > LIKELY).collect());
+        found.gains.extend(far.iter().zip(near).map(|(far, near)| gain(*far, near)));
+        found.log_likelihoods.extend(far.iter().map(|far| -far));
         start += span.len;
     }
     Ok(found)
+}
+
+/// What a token counts, by its negative log-likelihoods with the whole context and with its last tokens.
+fn gain(far: f32, near: f32) -> f32 {
+    if -far > LIKELY { (near - far).clamp(0.0, MOST) } else { 0.0 }
 }
 
 /// Negative log-likelihoods of every token of a sequence but its first, given the [`NEAR`] or more tokens before it.
@@ -47,17 +73,18 @@ fn near_losses(decoder: &Decoder, sequence: &[u32]) -> Result<Vec<f32>> {
 fn losses(decoder: &Decoder, tokens: &[u32], spans: &[Span]) -> Result<Vec<Vec<f32>>> {
     decoder.device().with_context(|| {
         let batch = decoder.batch(spans)?;
-        loss::token_losses(decoder, &decoder.forward(tokens, &batch, &mut NoCache)?, tokens, spans, None)
+        loss::token_losses(decoder, &decoder.forward(tokens, &batch, &mut NoCache)?, tokens, spans)
     })
 }
 
-/// Weights of mean 1 under which key tokens make up `share` of the mean loss, where all losses are equal. Without a key token all weights are 1.
-pub(crate) fn weights(keys: &[Vec<Vec<bool>>], share: f64) -> Vec<Vec<Vec<f32>>> {
-    let flags = || keys.iter().flatten().flatten();
-    let (all, key) = (flags().count(), flags().filter(|k| **k).count());
-    let (others, extra) = if key == 0 { (1.0, 0.0) } else { (1.0 - share, share * all as f64 / key as f64) };
-    let weight = |key: &bool| (others + if *key { extra } else { 0.0 }) as f32;
-    keys.iter().map(|pack| pack.iter().map(|span| span.iter().map(weight).collect()).collect()).collect()
+/// The weights of all packs for this share of the loss. Without a gain anywhere the other positions have all of it.
+pub(crate) fn weigh(packs: Vec<Gains>, share: f64) -> Vec<KeyTokens> {
+    let positions = packs.iter().map(|p| p.gains.len()).sum::<usize>() as f64;
+    let sum: f64 = packs.iter().flat_map(|p| &p.gains).map(|g| f64::from(*g)).sum();
+    let (others, a_nat) = if sum > 0.0 { (1.0 - share, share * positions / sum) } else { (1.0, 0.0) };
+    let weighed =
+        |pack: Gains| KeyTokens { others: others as f32, weights: pack.gains.iter().map(|gain| gain * a_nat as f32).collect(), dense: pack.log_likelihoods };
+    packs.into_iter().map(weighed).collect()
 }
 
 #[cfg(test)]
@@ -74,20 +101,28 @@ mod tests {
         for (token, first) in [(1, 0), (15, 0), (16, 0), (31, 0), (32, 16), (47, 16), (48, 32), (49, 32)] {
             assert_eq!(near[token - 1].to_bits(), given(first, token).to_bits(), "token {token}");
         }
-        // within the first two windows near is all there is: nothing is gained from afar
-        let spans = [Span::prompt(32)];
-        let hidden = decoder.forward(&sequence[..32], &decoder.batch(&spans).unwrap(), &mut NoCache).unwrap();
-        assert!(find(&decoder, &hidden, &sequence[..32], &spans).unwrap()[0].iter().all(|key| !key));
+        // within the first two windows near is all there is
+        assert_eq!(near_losses(&decoder, &sequence[..32]).unwrap(), losses(&decoder, &sequence[..32], &[Span::prompt(32)]).unwrap()[0]);
     }
 
     #[test]
-    fn weights_keep_the_mean_and_give_key_tokens_their_share() {
-        let keys = vec![vec![vec![true, false, false], vec![false, false]], vec![vec![false, true, false]]];
-        let found = weights(&keys, 0.25);
-        let flat = |w: &[Vec<Vec<f32>>]| w.iter().flatten().flatten().copied().collect::<Vec<f32>>();
-        assert!((flat(&found).iter().sum::<f32>() / 8.0 - 1.0).abs() < 1e-6);
-        // the two key positions have 3/4 of a plain mean's weight as all others do, and a quarter of the whole between them
-        assert!((found[0][0][0] - (0.75 + 1.0)).abs() < 1e-6 && (found[0][0][1] - 0.75).abs() < 1e-6);
-        assert!(flat(&weights(&[vec![vec![false; 4]]], 0.25)).iter().all(|w| *w == 1.0));
+    fn a_token_counts_the_nats_that_far_context_gives_it_up_to_five_if_the_model_gets_it_right() {
+        assert_eq!(gain(1.0, 3.5), 2.5);
+        assert_eq!(gain(0.25, 9.0), MOST);
+        assert_eq!(gain(2.0, 1.5), 0.0, "the whole context was worse");
+        assert_eq!(gain(3.5, 9.0), 0.0, "not right even so");
+        assert_eq!(gain(f32::NAN, 1.0), 0.0);
+    }
+
+    #[test]
+    fn key_tokens_have_their_share_by_what_they_gain() {
+        let pack = |gains: &[f32]| Gains { gains: gains.to_vec(), log_likelihoods: vec![-1.0; gains.len()] };
+        let found = weigh(vec![pack(&[3.0, 0.0, 0.0, 0.0, 0.0]), pack(&[0.0, 1.0, 0.0])], 0.25);
+        // a quarter of 8 positions' loss is 2, which 4 nats share
+        assert_eq!(found[0].weights, [1.5, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(found[1].weights, [0.0, 0.5, 0.0]);
+        assert!(found.iter().all(|k| k.others == 0.75));
+        let none = weigh(vec![pack(&[0.0; 4])], 0.25);
+        assert!(none[0].others == 1.0 && none[0].weights == [0.0; 4]);
     }
 }

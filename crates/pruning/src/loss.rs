@@ -1,6 +1,7 @@
 //! What a position loses: cross-entropy of the next token, or divergence from the dense model's next-token distribution.
 
 use crate::Result;
+use crate::key_tokens::KeyTokens;
 use evop_model::{Decoder, Device, Span, Tensor, kernels};
 use rayon::prelude::*;
 
@@ -33,19 +34,64 @@ fn select(of: &Tensor, rows: &[u32]) -> Result<Tensor> {
     Ok(of.index_select(&Tensor::from_slice(rows, rows.len(), of.device())?, 0)?)
 }
 
-/// Losses in nats of each span's positions: `span.len - 1` numbers a span. Negative log-likelihood of the next token, or with a reference
-/// KL(dense || this) over its top tokens and the rest.
+/// The tokens that come next at those rows.
+fn next(tokens: &[u32], rows: &[u32]) -> Vec<u32> {
+    rows.iter().map(|row| tokens[*row as usize + 1]).collect()
+}
+
+/// Numbers of all positions, one span after the other, put by spans.
+fn by_span(losses: Vec<f32>, spans: &[Span]) -> Vec<Vec<f32>> {
+    let mut losses = losses.into_iter();
+    spans.iter().map(|span| losses.by_ref().take(span.len.saturating_sub(1)).collect()).collect()
+}
+
+/// Negative log-likelihoods in nats of each span's next tokens: `span.len - 1` numbers a span.
 ///
 /// `hidden` [tokens, hidden] is the residual stream after the last layer; `tokens` are the packed inputs.
-pub(crate) fn token_losses(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span], reference: Option<&Reference>) -> Result<Vec<Vec<f32>>> {
-    let rows = predicting(spans);
-    let of = |ids: &[u32]| -> Result<Vec<f32>> { if rows.is_empty() { Ok(Vec::new()) } else { Ok(decoder.log_probabilities(&select(hidden, &rows)?, ids)?) } };
-    let losses: Vec<f32> = match reference {
-        None => of(&rows.iter().map(|row| tokens[*row as usize + 1]).collect::<Vec<_>>())?.iter().map(|l| -l).collect(),
-        Some(dense) => of(&dense.ids)?.chunks(dense.top).enumerate().map(|(position, q)| dense.divergence(position, q)).collect(),
-    };
-    let mut losses = losses.into_iter();
-    Ok(spans.iter().map(|span| losses.by_ref().take(span.len.saturating_sub(1)).collect()).collect())
+pub(crate) fn token_losses(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Vec<Vec<f32>>> {
+    Ok(by_span(Scoring::default().of_positions(decoder, hidden, tokens, spans)?, spans))
+}
+
+/// What the positions of packed spans are scored by: nothing but the text, unless it says otherwise.
+#[derive(Debug, Default)]
+pub(crate) struct Scoring {
+    /// For KL(dense || this) over the reference's top tokens and the rest.
+    pub reference: Option<Reference>,
+    /// For the part of the loss that is what key tokens lose.
+    pub keys: Option<KeyTokens>,
+}
+
+impl Scoring {
+    /// Losses in nats of each span's positions; arguments and result as of [`token_losses`].
+    pub fn losses(&self, decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Vec<Vec<f32>>> {
+        Ok(by_span(self.of_positions(decoder, hidden, tokens, spans)?, spans))
+    }
+
+    fn of_positions(&self, decoder: &Decoder, hidden: &Tensor, tokens: &[u32], spans: &[Span]) -> Result<Vec<f32>> {
+        let rows = predicting(spans);
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        // of every position the tokens that the dense model holds likely, then the one that comes
+        let top = self.reference.as_ref().map_or(0, |dense| dense.top);
+        let mut ids = Vec::with_capacity(rows.len() * (top + 1));
+        for (position, next) in next(tokens, &rows).into_iter().enumerate() {
+            ids.extend(self.reference.iter().flat_map(|dense| &dense.ids[position * top..(position + 1) * top]));
+            ids.push(next);
+        }
+        let log_probabilities = decoder.log_probabilities(&select(hidden, &rows)?, &ids)?;
+        Ok(log_probabilities.chunks(top + 1).enumerate().map(|(position, q)| self.loss(position, &q[..top], q[top])).collect())
+    }
+
+    /// `q`: log-probabilities of the reference's tokens; `next`: of the token that comes.
+    fn loss(&self, position: usize, q: &[f32], next: f32) -> f32 {
+        let (loss, lost) = match (&self.reference, &self.keys) {
+            (None, _) => (-next, -next),
+            (Some(dense), None) => return dense.divergence(position, q),
+            (Some(dense), Some(keys)) => (dense.divergence(position, q), keys.dense[position] - next),
+        };
+        self.keys.as_ref().map_or(loss, |keys| keys.others * loss + keys.weights[position] * lost)
+    }
 }
 
 impl Reference {
@@ -124,5 +170,18 @@ mod tests {
         let full: f64 = p.iter().zip(&q).map(|(p, q)| f64::from(*p).exp() * f64::from(p - q)).sum();
         let topped = f64::from(dense.divergence(0, &of(&q)));
         assert!(topped > 0.01 && topped <= full + 1e-6, "{topped} of {full}");
+    }
+
+    #[test]
+    fn key_tokens_lose_the_likelihood_that_the_dense_model_gave_them() {
+        let reference = || Reference { top: 2, ids: vec![0, 1], log_probabilities: vec![0.5f32.ln(), 0.3f32.ln()], rest: vec![0.2f32.ln()] };
+        let keys = || KeyTokens { others: 0.5, weights: vec![3.0], dense: vec![-1.0] };
+        let q = [0.4f32.ln(), 0.4f32.ln()];
+        let divergence = reference().divergence(0, &q);
+        let scoring = |reference, keys| Scoring { reference, keys }.loss(0, &q, -1.5);
+        assert_eq!(scoring(None, None), 1.5);
+        assert_eq!(scoring(Some(reference()), None), divergence);
+        assert_eq!(scoring(Some(reference()), Some(keys())), 0.5 * divergence + 3.0 * 0.5);
+        assert_eq!(scoring(None, Some(keys())), 0.5 * 1.5 + 3.0 * 1.5);
     }
 }

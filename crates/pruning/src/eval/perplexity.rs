@@ -49,7 +49,7 @@ pub fn perplexity(decoder: &Decoder, tokens: &[u32], window: usize, mut progress
         let losses = decoder.device().with_context(|| -> Result<_> {
             let batch = decoder.batch(&spans)?;
             let hidden = decoder.forward(&packed, &batch, &mut NoCache)?;
-            loss::token_losses(decoder, &hidden, &packed, &spans, None)
+            loss::token_losses(decoder, &hidden, &packed, &spans)
         })?;
         sum += losses.iter().flatten().map(|l| f64::from(*l)).sum::<f64>();
         done += group.len();

@@ -196,10 +196,7 @@ impl<'w> Walk<'w> {
     /// The losses at the end of a stem.
     fn score(&mut self, stem: &Stem) -> Result<()> {
         let (decoder, pack) = (self.supernet.decoder(), self.pack);
-        let mut losses = loss::token_losses(decoder, &stem.hidden, &pack.tokens, pack.batch.spans(), pack.reference.as_ref())?;
-        for (losses, weights) in losses.iter_mut().zip(pack.weights.iter().flatten()) {
-            losses.iter_mut().zip(weights).for_each(|(loss, weight)| *loss *= weight);
-        }
+        let losses = pack.scoring.losses(decoder, &stem.hidden, &pack.tokens, pack.batch.spans())?;
         let means: Vec<f64> = pack.segments.iter().map(|(span, positions)| loss::mean(&losses[*span][positions.clone()])).collect();
         stem.group.clone().for_each(|p| self.losses[p].clone_from(&means));
         Ok(())
