@@ -2,13 +2,12 @@
 
 use crate::config::ServeConfig;
 use crate::memory;
-use crate::openai::token_text::TokenText;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
 use evop_model::device::weight_type;
 use evop_model::{Checkpoint, DType, Decoder, Device, WeightType};
-use evop_serving::{ChatRenderer, Engine, EngineConfig};
-use std::sync::Arc;
+use evop_serving::{ChatRenderer, Engine, EngineConfig, TokenText};
+use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// What a model would need, against what there is.
@@ -70,7 +69,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
     let kv_element_bytes = decoder.dtype().size_in_bytes();
-    let engine = Engine::start(decoder, eos_token_ids, engine_config)?;
+    let engine = Engine::start(decoder, eos_token_ids.clone(), engine_config)?;
     let chat = match checkpoint.chat_template() {
         Some(template) => ChatRenderer::new(template).map_err(|e| e.to_string()),
         None => Err("this model has no chat template: use /v1/completions".into()),
@@ -91,11 +90,20 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         token_text: TokenText::of(checkpoint.tokenizer()),
         special_tokens: checkpoint.tokenizer().get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect(),
         tokenizer: Arc::new(checkpoint.tokenizer().clone()),
+        thinks: thinks(checkpoint, &chat),
+        eos_token_ids,
+        grammars: OnceLock::new(),
         config: model,
         chat,
         engine,
         kv_element_bytes,
     })
+}
+
+/// Its template writes `<think>`, or its vocabulary has both ends of it.
+fn thinks(checkpoint: &Checkpoint, chat: &Result<ChatRenderer, String>) -> bool {
+    let known = |token| checkpoint.tokenizer().token_to_id(token).is_some();
+    chat.as_ref().is_ok_and(|template| template.mentions("<think>")) || (known("<think>") && known("</think>"))
 }
 
 fn load_decoder(checkpoint: &Checkpoint, device: &Device, weights: WeightType) -> Result<Decoder> {

@@ -1,12 +1,11 @@
 //! What is served at one moment: a model, its engine, and the text on both ends.
 
-use crate::openai::token_text::TokenText;
 use evop_model::{Config, GenerationConfig, Tokenizer};
-use evop_serving::{ChatRenderer, EngineHandle};
+use evop_serving::{ChatRenderer, EngineHandle, Grammar, GrammarCompiler, GrammarSource, Thinking, TokenText};
 use std::collections::HashSet;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// One loaded model. Requests hold it while they run; the engine ends, and the memory is freed, when the last of them is done.
 #[derive(Debug)]
@@ -31,6 +30,12 @@ pub struct Served {
     pub special_tokens: HashSet<u32>,
     /// The chat template, or why there is none.
     pub chat: Result<ChatRenderer, String>,
+    /// Tokens that end a sequence, as the engine has them.
+    pub eos_token_ids: Vec<u32>,
+    /// It writes `<think>…</think>` before its answers.
+    pub thinks: bool,
+    /// Made of the vocabulary when it is first asked for, or why it can't be.
+    pub grammars: OnceLock<Result<GrammarCompiler, String>>,
     /// What makes the tokens.
     pub engine: EngineHandle,
     /// Of an element of the key/value cache.
@@ -69,6 +74,31 @@ impl Served {
     /// What the tokenizer says.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, String> {
         self.tokenizer.decode(ids, skip_special_tokens).map_err(|e| e.to_string())
+    }
+
+    /// A grammar for one request. Blocks for as long as that takes.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn compile(&self, source: &GrammarSource, thinking: Thinking) -> Result<Grammar, String> {
+        let compiler =
+            self.grammars.get_or_init(|| GrammarCompiler::new(&self.tokenizer, &self.eos_token_ids, self.config.vocab_size).map_err(|e| e.to_string()));
+        compiler.as_ref().map_err(Clone::clone)?.compile(source, thinking).map_err(|e| e.to_string())
+    }
+
+    /// Whether an answer to this prompt begins with reasoning.
+    pub fn thinking(&self, prompt: &str) -> Thinking {
+        match prompt.trim_end() {
+            _ if !self.thinks => Thinking::Never,
+            end if end.ends_with("<think>") => Thinking::Begun,
+            end if end.ends_with("</think>") => Thinking::Never,
+            _ => Thinking::Possible,
+        }
+    }
+
+    /// Whether one of the texts that reasoning and calls are found by is a special token, which answers usually leave out.
+    pub fn marks_by_special_tokens(&self) -> bool {
+        evop_serving::MARKERS.iter().any(|marker| self.tokenizer.token_to_id(marker).is_some_and(|id| self.is_special(id)))
     }
 
     /// A single token as text, or as `token_id:N`.

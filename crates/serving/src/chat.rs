@@ -55,6 +55,7 @@ impl<'a> ChatInput<'a> {
 #[derive(Debug)]
 pub struct ChatRenderer {
     environment: Environment<'static>,
+    source: String,
     bos_token: String,
     eos_token: String,
 }
@@ -66,7 +67,12 @@ impl ChatRenderer {
     /// [`ChatError::Template`] with the line.
     pub fn new(template: &ChatTemplate) -> Result<Self, ChatError> {
         let environment = jinja::environment(NAME, &template.source).map_err(|e| ChatError::Template(described(&e)))?;
-        Ok(Self { environment, bos_token: template.bos_token.clone(), eos_token: template.eos_token.clone() })
+        Ok(Self { environment, source: template.source.clone(), bos_token: template.bos_token.clone(), eos_token: template.eos_token.clone() })
+    }
+
+    /// Whether a word stands anywhere in the template: a hint of what it can do.
+    pub fn mentions(&self, word: &str) -> bool {
+        self.source.contains(word)
     }
 
     /// Renders a conversation to the prompt's text; special tokens stand in it as text.

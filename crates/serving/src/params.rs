@@ -1,5 +1,7 @@
 //! What a request asks for, and whether it can be asked.
 
+use crate::grammar::Grammar;
+
 /// Most alternatives that `logprobs` and `prompt_logprobs` may ask for.
 pub const MAX_LOGPROBS: usize = 20;
 /// Most choices of one request.
@@ -53,6 +55,8 @@ pub struct SamplingParams {
     pub logprobs: Option<usize>,
     /// Log probabilities of every prompt token, with so many alternatives.
     pub prompt_logprobs: Option<usize>,
+    /// What the output must be like; it ends the choice where nothing more can follow, whatever `ignore_eos` and `min_tokens` say.
+    pub grammar: Option<Grammar>,
 }
 
 impl Default for SamplingParams {
@@ -74,6 +78,7 @@ impl Default for SamplingParams {
             min_tokens: 0,
             logprobs: None,
             prompt_logprobs: None,
+            grammar: None,
         }
     }
 }

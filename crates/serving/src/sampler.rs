@@ -1,9 +1,10 @@
 //! From a row of logits to a token, on the host.
 //!
-//! The order is vLLM's: logit bias, allowed ids and the end-of-sequence mask of `min_tokens`; repetition, presence and frequency penalties;
+//! The order is vLLM's: logit bias, allowed ids, the grammar and the end-of-sequence mask of `min_tokens`; repetition, presence and frequency penalties;
 //! temperature; min-p; top-k and top-p; the draw. One draw a token from the sequence's own generator, so that a seed gives
 //! the same tokens whatever else is in the batch.
 
+use crate::grammar::{GrammarState, TokenMask};
 use crate::logprobs::{argmax, token_logprobs};
 use crate::output::TokenLogprobs;
 use crate::params::SamplingParams;
@@ -21,6 +22,8 @@ const GREEDY_TEMPERATURE: f32 = 1e-5;
 pub(crate) struct Sampled {
     pub id: u32,
     pub logprobs: Option<TokenLogprobs>,
+    /// Its grammar allows nothing after it.
+    pub completes: bool,
 }
 
 /// One sequence's parameters, generator and memory of its own tokens.
@@ -35,6 +38,8 @@ pub(crate) struct Sampler {
     /// How often each token was made.
     counts: HashMap<u32, u32>,
     made: usize,
+    /// Where the output stands in its grammar.
+    grammar: Option<GrammarState>,
 }
 
 /// A token that can still be drawn.
@@ -60,7 +65,8 @@ impl Sampler {
             enders.extend(eos);
         }
         let in_prompt = if params.repetition_penalty == 1.0 { HashSet::new() } else { prompt.iter().copied().collect() };
-        Self { params, rng, enders, in_prompt, counts: HashMap::new(), made: 0 }
+        let grammar = params.grammar.as_ref().map(GrammarState::begin);
+        Self { params, rng, enders, in_prompt, counts: HashMap::new(), made: 0, grammar }
     }
 
     /// Chooses the next token.
@@ -68,19 +74,22 @@ impl Sampler {
     /// # Errors
     /// When the logits and the parameters leave nothing to choose.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled, String> {
-        let id = if self.is_plain_greedy() {
+        let mask = self.grammar.as_mut().map(GrammarState::allowed).transpose()?;
+        let id = if mask.is_none() && self.is_plain_greedy() {
             argmax(logits)
         } else {
             let mut adjusted = logits.to_vec();
-            self.constrain(&mut adjusted);
+            self.constrain(&mut adjusted, mask.as_ref());
             self.penalise(&mut adjusted);
             if self.params.temperature < GREEDY_TEMPERATURE { argmax(&adjusted) } else { self.draw(&adjusted) }
         };
-        let id = id.ok_or("no token can be sampled: every one is excluded by allowed_token_ids and min_tokens, or the model's logits are not numbers")?;
+        let id =
+            id.ok_or("no token can be sampled: every one is excluded by allowed_token_ids, min_tokens and the grammar, or the model's logits are not numbers")?;
         *self.counts.entry(id).or_default() += 1;
         self.made += 1;
+        let completes = self.grammar.as_mut().map_or(Ok(false), |grammar| grammar.advance(id))?;
         let logprobs = self.params.logprobs.map(|top| token_logprobs(logits, id, top));
-        Ok(Sampled { id, logprobs })
+        Ok(Sampled { id, logprobs, completes })
     }
 
     /// Nothing but the temperature is set, and that to zero.
@@ -95,7 +104,7 @@ impl Sampler {
             && p.frequency_penalty == 0.0
     }
 
-    fn constrain(&self, logits: &mut [f32]) {
+    fn constrain(&self, logits: &mut [f32], mask: Option<&TokenMask>) {
         for (id, bias) in &self.params.logit_bias {
             logits[*id as usize] += bias;
         }
@@ -106,7 +115,11 @@ impl Sampler {
                 logits[id as usize] = logit;
             }
         }
-        if self.made < self.params.min_tokens {
+        if let Some(mask) = mask {
+            mask.apply(logits);
+        }
+        // a grammar at its end leaves nothing else to sample
+        if self.made < self.params.min_tokens && mask.is_none_or(|mask| mask.allows_more_than(&self.enders)) {
             for id in &self.enders {
                 if let Some(logit) = logits.get_mut(*id as usize) {
                     *logit = f32::NEG_INFINITY;

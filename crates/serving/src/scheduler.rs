@@ -259,7 +259,7 @@ mod tests {
         let scheduled = scheduler.running.iter().map(|s| s.scheduled).collect();
         let Scheduler { running, blocks, .. } = scheduler;
         for sequence in running.iter_mut().filter(|s| s.scheduled > 0) {
-            sequence.sampled = sequence.samples().then_some(Ok(Sampled { id: 7, logprobs: None }));
+            sequence.sampled = sequence.samples().then_some(Ok(Sampled { id: 7, logprobs: None, completes: false }));
             sequence.advance(&[]);
             sequence.name_blocks(blocks);
         }

@@ -198,10 +198,12 @@ impl Sequence {
             }
         }
         match self.sampled.take() {
-            Some(Ok(Sampled { id, logprobs })) => {
+            Some(Ok(Sampled { id, logprobs, completes })) => {
                 self.tokens.push(id);
-                self.finished = self.ended_by(id, eos);
-                let is_stop = matches!(self.finished, Some(FinishReason::Stop | FinishReason::StopToken(_)));
+                self.finished = self.ended_by(id, eos, completes);
+                // the last token of a grammar is text, unless it is the end of sequence
+                let ends_text = !completes || eos.contains(&id);
+                let is_stop = ends_text && matches!(self.finished, Some(FinishReason::Stop | FinishReason::StopToken(_)));
                 self.send(OutputKind::Token { id, logprobs, is_stop });
                 advanced.generated_tokens = 1;
             }
@@ -212,8 +214,11 @@ impl Sequence {
     }
 
     /// Whether the token just made ends the sequence.
-    fn ended_by(&self, id: u32, eos: &[u32]) -> Option<FinishReason> {
+    fn ended_by(&self, id: u32, eos: &[u32], completes: bool) -> Option<FinishReason> {
         let params = &self.group.params;
+        if completes {
+            return Some(FinishReason::Stop);
+        }
         if self.generated() > params.min_tokens {
             if params.stop_token_ids.contains(&id) {
                 return Some(FinishReason::StopToken(id));

@@ -3,6 +3,7 @@
 use crate::app::App;
 use crate::openai::JsonBody;
 use crate::openai::admission::{Admission, MaxTokens, TokenizedPrompt, encode, served_model};
+use crate::openai::chat_output::{ASSISTANT, ChatOutput, ChatOutputOptions, message};
 use crate::openai::chat_request::{ChatRequest, Conversation};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
 use crate::openai::errors::ApiError;
@@ -11,34 +12,38 @@ use crate::openai::generation::{Event, Generation, Token};
 use crate::openai::logprobs::{chat_form, prompt_form};
 use crate::openai::sampling::AnswerOptions;
 use crate::openai::sse::{self, ChunkWriter};
-use crate::openai::types::{Answer, ChatChoice, ChatChunkChoice, Delta, End, Head, Message, Usage};
+use crate::openai::structured::Constraint;
+use crate::openai::tools::CallFormat;
+use crate::openai::types::{Answer, ChatChoice, ChatChunkChoice, Delta, End, Head, Usage};
 use crate::request_id::RequestId;
 use crate::served::Served;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use evop_serving::{ChatRenderer, GrammarSource};
 use std::sync::Arc;
 use std::time::Instant;
-
-const ASSISTANT: &str = "assistant";
 
 /// Answers a conversation.
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let (served, model, request) = parse(&app, &body)?;
-    let mut prompt = TokenizedPrompt { tokens: tokenize(&served, &request.conversation).await?, echo: None };
+    let (served, model, mut request) = parse(&app, &body)?;
+    let text = render(&served, &request.conversation)?;
+    let output = prepare(&served, &mut request, &text).await?;
+    let mut prompt = TokenizedPrompt { tokens: encode(&served, text, request.conversation.add_special_tokens, "messages").await?, echo: None };
     prompt.truncate(request.truncate);
     let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
     let admission = Admission { app: &app, served, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
     let mut generation = admission.submit(vec![prompt])?;
     if request.answer.stream.is_some() {
         let head = Head::new("chatcmpl", "chat.completion.chunk", model, generation.served());
-        let writer = Writer { head, logprobs: request.logprobs.is_some(), tokens: 0, answer: request.answer };
+        let outputs = (0..request.answer.n).map(|_| ChatOutput::new(&output)).collect();
+        let writer = Writer { head, logprobs: request.logprobs.is_some(), tokens: 0, answer: request.answer, outputs };
         return Ok(sse::respond(generation, writer));
     }
     let head = Head::new("chatcmpl", "chat.completion", model, generation.served());
     let (prompts, usage) = collect(&mut generation, 1, &request.answer).await?;
-    Ok(whole(&generation, &head, &request, prompts, usage))
+    Ok(whole(&generation, &head, &request, &output, prompts, usage))
 }
 
 /// Apart from the handler, because [`Fields`] must not live across an await.
@@ -54,20 +59,51 @@ fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result
 /// # Errors
 /// 400 if there is no template, or it can't take this conversation.
 pub async fn tokenize(served: &Arc<Served>, conversation: &Conversation) -> Result<Vec<u32>, ApiError> {
-    let template = served.chat.as_ref().map_err(|message| ApiError::invalid("messages", message.clone()))?;
-    let text = template.render(&conversation.input()).map_err(|e| ApiError::invalid("messages", e.to_string()))?;
+    let text = render(served, conversation)?;
     encode(served, text, conversation.add_special_tokens, "messages").await
 }
 
+fn template(served: &Served) -> Result<&ChatRenderer, ApiError> {
+    served.chat.as_ref().map_err(|message| ApiError::invalid("messages", message.clone()))
+}
+
+fn render(served: &Served, conversation: &Conversation) -> Result<String, ApiError> {
+    template(served)?.render(&conversation.input()).map_err(|e| ApiError::invalid("messages", e.to_string()))
+}
+
+/// Compiles what the output must be like, and says how it is to be read.
+async fn prepare(served: &Arc<Served>, request: &mut ChatRequest, text: &str) -> Result<ChatOutputOptions, ApiError> {
+    let template = template(served)?;
+    let thinking = served.thinking(text);
+    let tools = request.conversation.tools.as_ref();
+    if tools.is_some() && !template.mentions("tools") {
+        tracing::info!("the chat template ignores tools: the model doesn't know of them unless a message says so");
+    }
+    let constraint = match (tools, request.constraint.take()) {
+        (Some(tools), _) if tools.is_forced() => Some(Constraint { source: tools.grammar(CallFormat::of(template), None), param: "tools" }),
+        // an answer in this form, or calls
+        (Some(tools), Some(Constraint { source: GrammarSource::Json { schema, .. }, param: param @ "response_format" })) => {
+            Some(Constraint { source: tools.grammar(CallFormat::of(template), Some(&schema)), param })
+        }
+        (_, constraint) => constraint,
+    };
+    if let Some(constraint) = constraint {
+        request.params.grammar = Some(constraint.compile(served, thinking).await?);
+    }
+    if (tools.is_some() || served.thinks) && served.marks_by_special_tokens() {
+        request.answer.skip_special_tokens = false;
+    }
+    Ok(ChatOutputOptions::new(thinking, tools, request.include_reasoning))
+}
+
 /// The whole answer at once.
-fn whole(generation: &Generation, head: &Head, request: &ChatRequest, prompts: Vec<CollectedPrompt>, usage: Usage) -> Response {
+fn whole(generation: &Generation, head: &Head, request: &ChatRequest, output: &ChatOutputOptions, prompts: Vec<CollectedPrompt>, usage: Usage) -> Response {
     let (served, answer) = (generation.served(), &request.answer);
-    let choice = |(index, collected): (usize, Collected)| ChatChoice {
-        index,
-        logprobs: request.logprobs.map(|_| chat_form(served, &collected.tokens, answer.tokens_as_ids)),
-        token_ids: answer.return_token_ids.then(|| collected.token_ids()),
-        message: Message { role: ASSISTANT, content: collected.text, refusal: None },
-        end: collected.end,
+    let choice = |(index, collected): (usize, Collected)| {
+        let logprobs = request.logprobs.map(|_| chat_form(served, &collected.tokens, answer.tokens_as_ids));
+        let token_ids = answer.return_token_ids.then(|| collected.token_ids());
+        let (message, end) = message(output, &collected.text, collected.end);
+        ChatChoice { index, message, logprobs, end, token_ids }
     };
     let prompt_logprobs = request.params.prompt_logprobs.map(|_| prompt_form(served, prompts.first().map_or(&[], |p| p.logprobs.as_slice())));
     let choices = prompts.into_iter().flat_map(|prompt| prompt.choices).enumerate().map(choice).collect();
@@ -82,6 +118,8 @@ struct Writer {
     logprobs: bool,
     /// Made so far.
     tokens: usize,
+    /// One a choice.
+    outputs: Vec<ChatOutput>,
 }
 
 impl Writer {
@@ -93,6 +131,15 @@ impl Writer {
         let options = self.answer.stream.unwrap_or_default();
         let usage = options.include_usage.then(|| options.continuous_usage.then(|| self.usage(generation)));
         sse::json(&Answer { head: &self.head, choices, usage, prompt_logprobs: None, prompt_token_ids })
+    }
+
+    /// One chunk a delta; the tokens come with the first, which may be empty.
+    fn chunks(&self, generation: &Generation, choice: usize, mut deltas: Vec<Delta>, tokens: &[Token]) -> Vec<String> {
+        if deltas.is_empty() && !tokens.is_empty() && (self.logprobs || self.answer.return_token_ids) {
+            deltas.push(Delta { content: Some(String::new()), ..Delta::default() });
+        }
+        let chunk = |(i, delta)| self.chunk(generation, choice, delta, if i == 0 { tokens } else { &[] }, End::default());
+        deltas.into_iter().enumerate().map(chunk).collect()
     }
 
     fn chunk(&self, generation: &Generation, index: usize, delta: Delta, tokens: &[Token], end: End) -> String {
@@ -111,7 +158,7 @@ impl ChunkWriter for Writer {
     /// The role of every choice.
     fn begin(&mut self, generation: &Generation) -> Vec<String> {
         let role = |index| {
-            let delta = Delta { role: Some(ASSISTANT), content: Some(String::new()) };
+            let delta = Delta { role: Some(ASSISTANT), content: Some(String::new()), ..Delta::default() };
             let token_ids = self.answer.return_token_ids.then(Vec::new);
             let choice = ChatChunkChoice { index, delta, logprobs: None, end: End::default(), token_ids };
             let ids = (self.answer.return_token_ids && index == 0).then(|| generation.prompt(0).to_vec());
@@ -120,16 +167,21 @@ impl ChunkWriter for Writer {
         (0..self.answer.n).map(role).collect()
     }
 
-    fn write(&mut self, generation: &Generation, event: Event) -> Option<String> {
+    fn write(&mut self, generation: &Generation, event: Event) -> Vec<String> {
         match event {
             Event::Text { choice, text, tokens } => {
                 self.tokens += tokens.len();
-                let wanted = !text.is_empty() || self.logprobs || self.answer.return_token_ids;
-                let delta = Delta { role: None, content: Some(text) };
-                wanted.then(|| self.chunk(generation, choice, delta, &tokens, End::default()))
+                let deltas = self.outputs[choice].push(&text);
+                self.chunks(generation, choice, deltas, &tokens)
             }
-            Event::Finished { choice, finish, .. } => Some(self.chunk(generation, choice, Delta::default(), &[], finish.into())),
-            Event::Echo { .. } | Event::PromptLogprobs { .. } | Event::Failed(_) => None,
+            Event::Finished { choice, finish, .. } => {
+                let deltas = self.outputs[choice].finish();
+                let mut chunks = self.chunks(generation, choice, deltas, &[]);
+                let end = self.outputs[choice].end(finish.into());
+                chunks.push(self.chunk(generation, choice, Delta::default(), &[], end));
+                chunks
+            }
+            Event::Echo { .. } | Event::PromptLogprobs { .. } | Event::Failed(_) => Vec::new(),
         }
     }
 

@@ -3,6 +3,8 @@
 use crate::openai::errors::ApiError;
 use crate::openai::fields::{Fields, wrong_type};
 use crate::openai::sampling::{AnswerOptions, answer_options, refuse_unsupported, sampling_params, truncation};
+use crate::openai::structured::Constraint;
+use crate::openai::tools::Tools;
 use evop_model::GenerationConfig;
 use evop_serving::{ChatInput, MAX_LOGPROBS, SamplingParams};
 use serde_json::{Map, Value};
@@ -14,6 +16,10 @@ pub struct ChatRequest {
     pub conversation: Conversation,
     /// How to sample; `max_tokens` is still to be set.
     pub params: SamplingParams,
+    /// What the output must be like.
+    pub constraint: Option<Constraint>,
+    /// The client wants to see what the model thinks.
+    pub include_reasoning: bool,
     /// Tokens to make, if the request says so.
     pub max_tokens: Option<usize>,
     /// How to answer.
@@ -28,7 +34,8 @@ pub struct ChatRequest {
 #[derive(Debug, Clone)]
 pub struct Conversation {
     messages: Value,
-    tools: Option<Value>,
+    /// What may be called, if anything.
+    pub tools: Option<Tools>,
     documents: Option<Value>,
     add_generation_prompt: bool,
     continue_final_message: bool,
@@ -57,7 +64,7 @@ impl Conversation {
         }
         Ok(Self {
             messages: messages.clone(),
-            tools: tools(fields)?,
+            tools: Tools::parse(fields)?,
             documents: objects(fields, "documents")?,
             add_generation_prompt,
             continue_final_message,
@@ -70,7 +77,7 @@ impl Conversation {
     pub fn input(&self) -> ChatInput<'_> {
         ChatInput {
             messages: &self.messages,
-            tools: self.tools.as_ref(),
+            tools: self.tools.as_ref().map(Tools::raw),
             documents: self.documents.as_ref(),
             add_generation_prompt: self.add_generation_prompt,
             continue_final_message: self.continue_final_message,
@@ -102,11 +109,16 @@ impl ChatRequest {
         let request = Self {
             conversation: Conversation::parse(fields)?,
             params,
+            constraint: Constraint::parse(fields)?,
+            include_reasoning: fields.bool("include_reasoning")?.unwrap_or(true),
             max_tokens: newer.or(older),
             answer,
             logprobs,
             truncate: truncation(fields, max_model_len)?,
         };
+        if request.conversation.tools.as_ref().is_some_and(Tools::is_forced) && request.constraint.as_ref().is_some_and(|c| c.param != "response_format") {
+            return Err(ApiError::invalid("structured_outputs", "structured_outputs: excludes a tool_choice that asks for a call"));
+        }
         fields.log_unknown();
         Ok(request)
     }
@@ -119,22 +131,6 @@ fn logprobs(fields: &Fields<'_>) -> Result<Option<usize>, ApiError> {
         (true, top) => Ok(Some(top.unwrap_or(0))),
         (false, None | Some(0)) => Ok(None),
         (false, Some(_)) => Err(ApiError::invalid("top_logprobs", "top_logprobs: only with \"logprobs\": true")),
-    }
-}
-
-fn tools(fields: &Fields<'_>) -> Result<Option<Value>, ApiError> {
-    let tools = objects(fields, "tools")?.filter(|tools| tools.as_array().is_some_and(|t| !t.is_empty()));
-    match fields.get("tool_choice") {
-        None => Ok(tools),
-        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
-        Some(Value::String(choice)) if choice == "none" => Ok(None),
-        Some(Value::String(choice)) if choice != "required" => {
-            Err(ApiError::invalid("tool_choice", format!("tool_choice: expected \"none\", \"auto\", \"required\" or a function, found {choice:?}")))
-        }
-        Some(Value::String(_) | Value::Object(_)) => {
-            Err(ApiError::unsupported("tool_choice", "tool_choice: only \"none\" and \"auto\" are supported yet (the model can't be forced to call a tool)"))
-        }
-        Some(other) => Err(fields.wrong("tool_choice", "a string or an object", other)),
     }
 }
 
@@ -226,12 +222,17 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_can_not_be_forced_is_not_forced() {
-        assert_eq!(param(&with("tool_choice", json!("required"))), "tool_choice");
-        assert_eq!(param(&with("tool_choice", json!({"type": "function", "function": {"name": "f"}}))), "tool_choice");
-        assert!(parse(&with("tool_choice", json!("auto"))).is_ok());
-        assert!(parse(&with("tools", json!([{"type": "function", "function": {"name": "f"}}]))).unwrap().conversation.tools.is_some());
-        assert_eq!(param(&with("tools", json!({"f": 1}))), "tools");
+    fn a_forced_call_excludes_another_form_of_the_output() {
+        let mut body = with("tools", json!([{"type": "function", "function": {"name": "f"}}]));
+        assert!(parse(&body).unwrap().conversation.tools.is_some());
+        body["structured_outputs"] = json!({"regex": "a"});
+        assert!(parse(&body).is_ok());
+        body["tool_choice"] = json!("required");
+        assert_eq!(param(&body), "structured_outputs");
+        body["structured_outputs"] = Value::Null;
+        assert!(parse(&body).unwrap().conversation.tools.unwrap().is_forced());
+        body["tool_choice"] = json!("none");
+        assert!(parse(&body).unwrap().conversation.tools.is_none());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::sampling::{AnswerOptions, answer_options, as_token_ids, refuse_unsupported, sampling_params, truncation};
+use crate::openai::structured::Constraint;
 use evop_model::GenerationConfig;
 use evop_serving::{MAX_LOGPROBS, SamplingParams};
 use serde_json::Value;
@@ -26,6 +27,8 @@ pub struct CompletionRequest {
     pub prompts: Vec<Prompt>,
     /// How to sample; `max_tokens` is still to be set.
     pub params: SamplingParams,
+    /// What the output must be like.
+    pub constraint: Option<Constraint>,
     /// Tokens to make, if the request says so.
     pub max_tokens: Option<usize>,
     /// How to answer.
@@ -65,6 +68,7 @@ impl CompletionRequest {
         let request = Self {
             prompts: prompts(fields.required("prompt")?).map_err(|expected| fields.wrong("prompt", &expected, fields.get("prompt").unwrap_or(&Value::Null)))?,
             params,
+            constraint: Constraint::parse(fields)?,
             max_tokens: fields.count("max_tokens", 0..=usize::MAX)?,
             answer,
             logprobs,

@@ -17,6 +17,7 @@ use crate::served::Served;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use evop_serving::Thinking;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,7 +27,10 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 /// Continues prompts.
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let (served, model, request) = parse(&app, &body)?;
+    let (served, model, mut request) = parse(&app, &body)?;
+    if let Some(constraint) = &request.constraint {
+        request.params.grammar = Some(constraint.compile(&served, Thinking::Never).await?);
+    }
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in &request.prompts {
         prompts.push(tokenize(&served, &request, prompt).await?);
@@ -145,8 +149,8 @@ impl ChunkWriter for Writer {
         Vec::new()
     }
 
-    fn write(&mut self, generation: &Generation, event: Event) -> Option<String> {
-        match event {
+    fn write(&mut self, generation: &Generation, event: Event) -> Vec<String> {
+        let chunk = match event {
             Event::Echo { choice, text, tokens } => Some(self.chunk(generation, choice, text, &tokens, End::default(), Vec::new())),
             Event::Text { choice, text, tokens } => {
                 self.tokens[choice] += tokens.len();
@@ -156,7 +160,8 @@ impl ChunkWriter for Writer {
             }
             Event::Finished { choice, finish, .. } => Some(self.chunk(generation, choice, String::new(), &[], finish.into(), Vec::new())),
             Event::PromptLogprobs { .. } | Event::Failed(_) => None,
-        }
+        };
+        chunk.into_iter().collect()
     }
 
     fn end(&mut self, generation: &Generation) -> Option<String> {

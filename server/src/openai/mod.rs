@@ -1,11 +1,14 @@
 //! The OpenAI-compatible API: handlers translate and stream, and hold no model logic.
 //!
 //! `POST /v1/completions` -> [`completions`] -> [`fields`] and [`completion_request`] -> [`admission`] submits to the engine ->
-//! [`generation`] turns tokens into events -> [`collect`] or [`sse`] turn events into the answer.
+//! [`generation`] turns tokens into events -> [`collect`] or [`sse`] turn events into the answer. What the output must be like is read by
+//! [`structured`] and [`tools`]; a chat's reasoning and tool calls are found in its text by [`chat_output`].
 
 mod admission;
 mod body;
+mod call_scanner;
 pub mod chat;
+mod chat_output;
 mod chat_request;
 mod choice;
 mod collect;
@@ -16,10 +19,13 @@ pub mod fields;
 mod generation;
 mod logprobs;
 pub mod models;
+mod reasoning;
 mod sampling;
 mod sse;
-pub mod token_text;
+mod structured;
 pub mod tokenize;
+mod tool_parser;
+mod tools;
 mod types;
 
 pub use body::JsonBody;

@@ -10,17 +10,16 @@ use serde_json::Value;
 const MAX_STOPS: usize = 4;
 
 /// Fields that change what is generated and that this version can't honour: better refused than ignored.
-const UNSUPPORTED: [(&str, &str); 11] = [
+const UNSUPPORTED: [(&str, &str); 10] = [
     ("suffix", "text after the completion (fill in the middle) is not supported"),
     ("use_beam_search", "beam search is not supported; use n or best_of"),
     ("prompt_embeds", "prompts as embeddings are not supported"),
     ("logits_processors", "logits processors are not supported"),
-    ("structured_outputs", "structured outputs are not supported yet"),
-    ("guided_json", "structured outputs are not supported yet"),
-    ("guided_regex", "structured outputs are not supported yet"),
-    ("guided_choice", "structured outputs are not supported yet"),
-    ("guided_grammar", "structured outputs are not supported yet"),
-    ("grammar", "structured outputs are not supported yet"),
+    ("guided_json", "use structured_outputs: {\"json\": …}"),
+    ("guided_regex", "use structured_outputs: {\"regex\": …}"),
+    ("guided_choice", "use structured_outputs: {\"choice\": …}"),
+    ("guided_grammar", "use structured_outputs: {\"grammar\": …}"),
+    ("grammar", "use structured_outputs: {\"grammar\": …}"),
     ("bad_words", "bad_words is not supported; logit_bias can ban single tokens"),
 ];
 
@@ -65,11 +64,7 @@ pub fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ApiError> {
             return Err(ApiError::unsupported(name, format!("{name}: {why}")));
         }
     }
-    let Some(format) = fields.object("response_format")? else { return Ok(()) };
-    match format.string("type")? {
-        None | Some("text") => Ok(()),
-        Some(kind) => Err(ApiError::unsupported("response_format", format!("response_format: only {{\"type\": \"text\"}} is supported yet, found {kind:?}"))),
-    }
+    Ok(())
 }
 
 /// `false`, `""`, `[]` and `{}` ask for nothing.
@@ -208,16 +203,12 @@ mod tests {
 
     #[test]
     fn what_would_change_the_answer_is_refused_by_name() {
-        for (name, value) in
-            [("suffix", json!("end")), ("use_beam_search", json!(true)), ("structured_outputs", json!({"regex": "a"})), ("bad_words", json!(["x"]))]
-        {
+        for (name, value) in [("suffix", json!("end")), ("use_beam_search", json!(true)), ("guided_regex", json!("a")), ("bad_words", json!(["x"]))] {
             let body = object(json!({name: value}));
             assert_eq!(param(&refuse_unsupported(&Fields::new(&body)).unwrap_err()), name);
         }
         let body = object(json!({"suffix": "", "use_beam_search": false, "bad_words": [], "response_format": {"type": "text"}}));
         assert!(refuse_unsupported(&Fields::new(&body)).is_ok());
-        let body = object(json!({"response_format": {"type": "json_object"}}));
-        assert_eq!(param(&refuse_unsupported(&Fields::new(&body)).unwrap_err()), "response_format");
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub trait ChunkWriter: Send + 'static {
     fn begin(&mut self, generation: &Generation) -> Vec<String>;
 
     /// What an event adds.
-    fn write(&mut self, generation: &Generation, event: Event) -> Option<String>;
+    fn write(&mut self, generation: &Generation, event: Event) -> Vec<String>;
 
     /// What comes after the last token.
     fn end(&mut self, generation: &Generation) -> Option<String>;
@@ -57,7 +57,7 @@ async fn drive(mut generation: Generation, mut writer: impl ChunkWriter, sender:
             None => break,
             Some(Event::Failed(error)) => return fail(sender, &error).await,
             Some(event) => {
-                if let Some(chunk) = writer.write(&generation, event) {
+                for chunk in writer.write(&generation, event) {
                     send(sender, chunk).await?;
                 }
             }

@@ -7,10 +7,10 @@ use crate::openai::chat;
 use crate::openai::chat_request::Conversation;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
-use crate::openai::token_text::as_text;
 use crate::served::Served;
 use axum::Json;
 use axum::extract::State;
+use evop_serving::as_text;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 

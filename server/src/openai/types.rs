@@ -188,10 +188,40 @@ pub struct ChatChoice {
 pub struct Message {
     /// `assistant`.
     pub role: &'static str,
-    /// Text.
-    pub content: String,
+    /// Text; `null` if there are calls or reasoning and nothing else.
+    pub content: Option<String>,
     /// Always `null`: this server does not refuse.
     pub refusal: Option<String>,
+    /// What a model that thinks thought, as vLLM names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    /// The same, as llama-server names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// Functions that the client should call.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+}
+
+/// A call that a model wants to be made.
+#[derive(Debug, Serialize)]
+pub struct ToolCall {
+    /// To answer to.
+    pub id: String,
+    /// `function`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// Which.
+    pub function: CalledFunction,
+}
+
+/// A function and what it is called with.
+#[derive(Debug, Serialize)]
+pub struct CalledFunction {
+    /// Its name.
+    pub name: String,
+    /// JSON text, as the model wrote it.
+    pub arguments: String,
 }
 
 /// What is new of a choice of a chat.
@@ -220,6 +250,40 @@ pub struct Delta {
     /// Text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
+    /// Reasoning, as vLLM names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning: Option<String>,
+    /// The same, as llama-server names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// Calls.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool_calls: Option<Vec<DeltaToolCall>>,
+}
+
+/// What is new of a call: id, type and name in its first delta.
+#[derive(Debug, Serialize)]
+pub struct DeltaToolCall {
+    /// Which call.
+    pub index: usize,
+    /// To answer to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// `function`.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<&'static str>,
+    /// Which, and more of its arguments.
+    pub function: DeltaFunction,
+}
+
+/// What is new of a called function.
+#[derive(Debug, Serialize)]
+pub struct DeltaFunction {
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// More of its arguments' JSON text.
+    pub arguments: String,
 }
 
 /// Logprobs of a chat.

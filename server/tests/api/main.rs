@@ -17,6 +17,8 @@ mod load;
 mod models;
 mod operations;
 mod prune;
+mod structured;
 mod swap;
 mod tokenize;
+mod tools;
 mod vocab;

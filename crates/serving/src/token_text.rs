@@ -1,4 +1,4 @@
-//! What single tokens are as text and bytes, for logprobs and `/tokenize`.
+//! What single tokens are as text and bytes, for logprobs, `/tokenize` and grammars.
 
 use evop_model::Tokenizer;
 use std::collections::HashMap;
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn the_tokens_of_a_text_are_its_bytes() {
-        let checkpoint = crate::models::ModelSource::Bundled.open(None).unwrap();
+        let checkpoint = evop_model::Checkpoint::open(std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny"))).unwrap();
         let spelling = TokenText::of(checkpoint.tokenizer());
         let text = "The café — \u{1F600}\n\tend";
         let ids = checkpoint.encode(text, false).unwrap();
