@@ -4,6 +4,7 @@ use crate::config::Positions;
 use crate::rope::RopeParameters;
 use crate::{Config, Result};
 use candle_core::{DType, Device, Tensor};
+use std::ops::Range;
 
 /// The new tokens of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,11 +22,23 @@ impl Span {
     }
 }
 
+/// Which part of a pass a batch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its first sequence, among those of the pass.
+    pub first_span: usize,
+    /// Its first row.
+    pub first_row: usize,
+    /// All sequences of the pass.
+    pub spans: usize,
+}
+
 /// Packed sequences and what depends on their positions alone, made by [`crate::Decoder::batch`].
 #[derive(Debug, Clone)]
 pub struct Batch {
     spans: Vec<Span>,
     tokens: usize,
+    place: Place,
     /// (cos, sin), each [1, tokens, head_dim / 2].
     pub(crate) rope: Option<(Tensor, Tensor)>,
     /// [tokens] u32 rows of the learned table.
@@ -51,6 +64,7 @@ impl Batch {
         Ok(Self {
             spans: spans.to_vec(),
             tokens,
+            place: Place { first_span: 0, first_row: 0, spans: spans.len() },
             rope,
             position_ids,
             #[cfg(feature = "flash-attn")]
@@ -67,12 +81,40 @@ impl Batch {
         let rope = self.rope.as_ref().map(|(cos, sin)| -> Result<_> { Ok((cos.repeat((1, count, 1))?, sin.repeat((1, count, 1))?)) }).transpose()?;
         Ok(Self {
             tokens: self.tokens * count,
+            place: Place { first_span: 0, first_row: 0, spans: spans.len() },
             rope,
             position_ids: self.position_ids.as_ref().map(|ids| ids.repeat(count)).transpose()?,
             #[cfg(feature = "flash-attn")]
             offsets: offsets(&spans, self.offsets.device())?,
             spans,
         })
+    }
+
+    /// Some neighbouring sequences of this pass.
+    ///
+    /// # Errors
+    /// [`crate::Error::Candle`] when the device runs out of memory.
+    pub fn part(&self, spans: Range<usize>) -> Result<Self> {
+        let rows = |spans: &[Span]| spans.iter().map(|s| s.len).sum::<usize>();
+        let (row, tokens) = (rows(&self.spans[..spans.start]), rows(&self.spans[spans.clone()]));
+        let rope = self.rope.as_ref().map(|(cos, sin)| -> Result<_> {
+            let part = |table: &Tensor| -> Result<Tensor> { Ok(table.narrow(1, row, tokens)?.contiguous()?) };
+            Ok((part(cos)?, part(sin)?))
+        });
+        Ok(Self {
+            tokens,
+            place: Place { first_span: self.place.first_span + spans.start, first_row: self.place.first_row + row, ..self.place },
+            rope: rope.transpose()?,
+            position_ids: self.position_ids.as_ref().map(|ids| ids.narrow(0, row, tokens)).transpose()?,
+            #[cfg(feature = "flash-attn")]
+            offsets: offsets(&self.spans[spans.clone()], self.offsets.device())?,
+            spans: self.spans[spans].to_vec(),
+        })
+    }
+
+    /// Where it stands in the whole pass.
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     /// The sequences.

@@ -2,11 +2,13 @@
 //! them, in the manner of Kwon et al. 2023 (arXiv 2309.06180). There is memory only for attention that exists, and only for its groups.
 
 use crate::attention::{self, AttentionSpec};
-use crate::batch::Batch;
+use crate::batch::{Batch, Place};
 use crate::kernels;
 use crate::kernels::attention::{Lines, Sequence};
 use crate::{Config, Error, Result};
 use candle_core::{DType, Device, Tensor};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 /// Tokens of a block.
 pub const BLOCK_TOKENS: usize = 32;
@@ -90,7 +92,7 @@ impl KvPool {
     /// The cache of a pass over sequences that hold these blocks, in the batch's order: `tables[i][j]` holds tokens 32 j .. 32 (j + 1) of sequence i.
     /// The blocks of the pass's new tokens must belong to one sequence each.
     pub fn paged<'p>(&'p mut self, tables: Vec<&'p [u32]>) -> PagedCache<'p> {
-        PagedCache { pool: self, tables, slots: None }
+        PagedCache { pool: self, tables, slots: HashMap::new() }
     }
 }
 
@@ -113,11 +115,18 @@ fn zeros(count: usize) -> Result<Vec<f32>> {
 pub struct PagedCache<'p> {
     pool: &'p mut KvPool,
     tables: Vec<&'p [u32]>,
-    /// Where the pass's new rows go, and per sequence where its rows lie; the same in every layer. For [`Store::Device`].
-    slots: Option<(Vec<u32>, Vec<Tensor>)>,
+    /// Where the new rows of a part of the pass go, and per sequence where its rows lie, by the part's first span and their number; the same in every
+    /// layer. For [`Store::Device`].
+    slots: HashMap<(usize, usize), Slots>,
 }
 
-impl PagedCache<'_> {
+#[derive(Debug)]
+struct Slots {
+    new: Vec<u32>,
+    held: Vec<Tensor>,
+}
+
+impl<'p> PagedCache<'p> {
     fn check(&self, layer: usize, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
         let groups = self.pool.layers.get(layer).and_then(Option::as_ref).map_or(0, |l| l.groups);
         if groups < spec.kv_groups {
@@ -126,13 +135,21 @@ impl PagedCache<'_> {
                 spec.kv_groups
             )));
         }
-        for (table, span) in self.tables.iter().zip(batch.spans()) {
+        let tables = self.tables(batch)?;
+        for (table, span) in tables.iter().zip(batch.spans()) {
             let needed = (span.past + span.len).div_ceil(BLOCK_TOKENS);
             if table.len() < needed || table.iter().any(|b| *b as usize >= self.pool.blocks) {
                 return Err(Error::Input(format!("a sequence of {} tokens needs {needed} blocks of this cache, found {table:?}", span.past + span.len)));
             }
         }
-        if self.tables.len() == batch.spans().len() { Ok(()) } else { Err(Error::Input("expected a block table a sequence".into())) }
+        Ok(())
+    }
+
+    /// The tables of the batch's sequences.
+    fn tables(&self, batch: &Batch) -> Result<&[&'p [u32]]> {
+        let Place { first_span, spans, .. } = batch.place();
+        let of = self.tables.get(first_span..first_span + batch.spans().len()).filter(|_| spans == self.tables.len());
+        of.ok_or_else(|| Error::Input(format!("expected a block table a sequence: {spans}, found {}", self.tables.len())))
     }
 
     /// Packed row -> (sequence, position).
@@ -149,6 +166,9 @@ fn slot(table: &[u32], position: usize) -> usize {
 impl KvCache for PagedCache<'_> {
     fn attend(&mut self, layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(layer, spec, batch)?;
+        // (not through a method: the pool is borrowed for writing beside it)
+        let first = batch.place().first_span;
+        let tables = &self.tables[first..first + batch.spans().len()];
         let Some(LayerBlocks { groups, store }) = &mut self.pool.layers[layer] else { return Err(Error::Input(format!("no attention in layer {layer}"))) };
         let (groups, d) = (*groups, spec.head_dim);
         match store {
@@ -156,7 +176,7 @@ impl KvCache for PagedCache<'_> {
                 for (rows, new) in [(&mut *keys, k), (&mut *values, v)] {
                     kernels::with_slice(new, |new| {
                         for ((s, position), row) in Self::positions(batch).zip(new.chunks_exact(spec.kv_groups * d)) {
-                            let (block, within) = (self.tables[s][position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
+                            let (block, within) = (tables[s][position / BLOCK_TOKENS] as usize, position % BLOCK_TOKENS);
                             for (group, values) in row.chunks_exact(d).enumerate() {
                                 let at = ((block * groups + group) * BLOCK_TOKENS + within) * d;
                                 rows[at..at + d].copy_from_slice(values);
@@ -164,23 +184,25 @@ impl KvCache for PagedCache<'_> {
                         }
                     })?;
                 }
-                let lines = |data| self.tables.iter().map(move |table| Lines::Blocks { data, table, groups });
+                let lines = |data| tables.iter().map(move |table| Lines::Blocks { data, table, groups });
                 let sequences: Vec<Sequence<'_>> =
                     lines(keys.as_slice()).zip(lines(values.as_slice())).zip(batch.spans()).map(|((k, v), span)| Sequence { k, v, span: *span }).collect();
                 kernels::attention::attend(spec, q, &sequences)
             }
             Store::Device { k: keys, v: values } => {
                 let tokens = batch.tokens();
-                if self.slots.is_none() {
-                    let new = Self::positions(batch).map(|(s, p)| slot(self.tables[s], p) as u32).collect();
-                    let of = |(table, span): (&&[u32], &crate::Span)| -> Result<Tensor> {
-                        let slots: Vec<u32> = (0..span.past + span.len).map(|p| slot(table, p) as u32).collect();
-                        Ok(Tensor::from_vec(slots, span.past + span.len, q.device())?)
-                    };
-                    self.slots = Some((new, self.tables.iter().zip(batch.spans()).map(of).collect::<Result<_>>()?));
-                }
-                let Some((new, held)) = &self.slots else { return Err(Error::Input("no slots".into())) };
-                let index: Vec<u32> = new.iter().flat_map(|slot| std::iter::repeat_n(*slot, groups * d)).collect();
+                let slots = match self.slots.entry((first, batch.spans().len())) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(unknown) => {
+                        let new = Self::positions(batch).map(|(s, p)| slot(tables[s], p) as u32).collect();
+                        let of = |(table, span): (&&[u32], &crate::Span)| -> Result<Tensor> {
+                            let slots: Vec<u32> = (0..span.past + span.len).map(|p| slot(table, p) as u32).collect();
+                            Ok(Tensor::from_vec(slots, span.past + span.len, q.device())?)
+                        };
+                        unknown.insert(Slots { new, held: tables.iter().zip(batch.spans()).map(of).collect::<Result<_>>()? })
+                    }
+                };
+                let index: Vec<u32> = slots.new.iter().flat_map(|slot| std::iter::repeat_n(*slot, groups * d)).collect();
                 let index = Tensor::from_vec(index, (tokens, groups * d), q.device())?;
                 for (rows, new) in [(&*keys, k), (&*values, v)] {
                     let width = spec.kv_groups * d;
@@ -188,9 +210,9 @@ impl KvCache for PagedCache<'_> {
                     let new = new.reshape((tokens, width))?.pad_with_zeros(1, 0, groups * d - width)?.contiguous()?;
                     rows.scatter_set(&index, &new, 0)?;
                 }
-                let mut outputs = Vec::with_capacity(held.len());
+                let mut outputs = Vec::with_capacity(slots.held.len());
                 let mut start = 0;
-                for (held, span) in held.iter().zip(batch.spans()) {
+                for (held, span) in slots.held.iter().zip(batch.spans()) {
                     let rows = |of: &Tensor| -> Result<Tensor> {
                         let rows = of.index_select(held, 0)?.reshape((span.past + span.len, groups, d))?;
                         Ok(rows.narrow(1, 0, spec.kv_groups)?.contiguous()?)
