@@ -47,6 +47,15 @@ impl App {
         self.names.iter().any(|n| n == name) || served.id == name
     }
 
+    /// The form of the served model that a name asks for, as the engine numbers them: `NAME` or `NAME@FORM`. `None` if it isn't served.
+    pub fn member(&self, served: &Served, name: &str) -> Option<usize> {
+        if self.answers_to(served, name) {
+            return served.member(None);
+        }
+        let (model, form) = name.rsplit_once('@')?;
+        if self.answers_to(served, model) { served.member(Some(form)) } else { None }
+    }
+
     /// Why the server is not ready to take requests.
     pub fn unready(&self) -> Option<&'static str> {
         if self.shutdown.is_draining() {

@@ -30,6 +30,16 @@ pub struct ServeConfig {
     #[arg(long, env = "EVOP_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
     pub max_model_len: Option<usize>,
 
+    /// A thinner form of the model over the same weights, asked for as MODEL@FORM: a pattern.json that skips whole sub-blocks (evop prune --space block --compensation none --skip-compensation none). May be given again.
+    #[arg(long = "pattern", env = "EVOP_PATTERNS", value_name = "FORM=FILE", value_delimiter = ',', help_heading = "Model")]
+    pub patterns: Vec<FormFile>,
+    /// Let this form guess tokens that the whole model then checks several at a time. The answers stay the same; how many are guessed, or none, follows what is fastest.
+    #[arg(long, env = "EVOP_SPECULATE", value_name = "FORM", help_heading = "Model")]
+    pub speculate: Option<String>,
+    /// Tokens that it guesses at most.
+    #[arg(long, env = "EVOP_SPECULATE_TOKENS", value_name = "N", default_value_t = 4, value_parser = at_least_one, help_heading = "Model")]
+    pub speculate_tokens: usize,
+
     /// Address of the public API.
     #[arg(long, env = "EVOP_HOST", value_name = "ADDRESS", default_value = "127.0.0.1", help_heading = "Network")]
     pub host: String,
@@ -98,6 +108,27 @@ impl ServeConfig {
             (None, None) => PathBuf::from("evop-data"),
         };
         self.data_dir.clone().unwrap_or_else(by_default)
+    }
+}
+
+/// What `--pattern` says: a form's name and the file that it is in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FormFile {
+    /// What stands after the `@` of a model's name.
+    pub name: String,
+    /// A run's `pattern.json`.
+    pub file: PathBuf,
+}
+
+impl FromStr for FormFile {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fits = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+        match text.split_once('=') {
+            Some((name, file)) if fits(name) && !file.is_empty() => Ok(Self { name: name.into(), file: file.into() }),
+            _ => Err(format!("expected FORM=FILE such as 25=pruned/pattern.json, the form's name of letters, digits, '-', '_' and '.', found {text:?}")),
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! From a checkpoint to a running engine.
 
+use crate::admin::BASE;
 use crate::config::ServeConfig;
+use crate::forms::Forms;
 use crate::memory;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
@@ -63,13 +65,15 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
     let decoder = load_decoder(checkpoint, &device, weights)?;
     let model = decoder.config().clone();
-    let engine_config = engine_config(&decoder, config)?;
+    let mut engine_config = engine_config(&decoder, config)?;
+    let Forms { model: elastic, forms, speculation } = if identity.id == BASE { Forms::of(decoder, config)? } else { Forms::none(decoder) };
+    engine_config.speculation = speculation;
     let mut eos_token_ids = model.eos_token_ids.clone();
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
-    let kv_element_bytes = decoder.dtype().size_in_bytes();
-    let engine = Engine::start(decoder, eos_token_ids.clone(), engine_config)?;
+    let kv_element_bytes = elastic.parent().dtype().size_in_bytes();
+    let engine = Engine::start(elastic, eos_token_ids.clone(), engine_config)?;
     let chat = match checkpoint.chat_template() {
         Some(template) => ChatRenderer::new(template).map_err(|e| e.to_string()),
         None => Err("this model has no chat template: use /v1/completions".into()),
@@ -94,6 +98,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         eos_token_ids,
         grammars: OnceLock::new(),
         config: model,
+        forms,
         chat,
         engine,
         kv_element_bytes,
@@ -132,6 +137,7 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
         max_batch_tokens: config.max_batch_tokens.unwrap_or(default.max_batch_tokens.max(config.max_concurrent)),
         max_model_len,
         kv_budget_bytes,
+        speculation: None,
     })
 }
 

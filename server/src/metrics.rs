@@ -52,6 +52,9 @@ pub struct Metrics {
     preemptions: IntCounterVec,
     prefix_queries: IntCounterVec,
     prefix_hits: IntCounterVec,
+    drafts: IntCounterVec,
+    draft_tokens: IntCounterVec,
+    accepted_tokens: IntCounterVec,
     /// What the engines that there are have counted, as of the last rendering: the counters above go on when one ends.
     counted: Mutex<HashMap<usize, EngineStats>>,
 
@@ -127,6 +130,9 @@ impl Metrics {
             preemptions: r.counter("vllm:num_preemptions_total", "Sequences that gave their memory back and were computed again.", &MODEL)?,
             prefix_queries: r.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", &MODEL)?,
             prefix_hits: r.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", &MODEL)?,
+            drafts: r.counter("vllm:spec_decode_num_drafts_total", "Times that tokens were drafted for a choice.", &MODEL)?,
+            draft_tokens: r.counter("vllm:spec_decode_num_draft_tokens_total", "Tokens drafted.", &MODEL)?,
+            accepted_tokens: r.counter("vllm:spec_decode_num_accepted_tokens_total", "Drafted tokens that were right.", &MODEL)?,
             counted: Mutex::default(),
             first_token: r.histogram("vllm:time_to_first_token_seconds", "Seconds from a request to its first token.", &FIRST_TOKEN)?,
             inter_token: r.histogram("vllm:inter_token_latency_seconds", "Seconds between a choice's tokens.", &INTER_TOKEN)?,
@@ -158,7 +164,8 @@ impl Metrics {
             self.requests.with_label_values(&[&self.model_name, "0", reason]).reset();
         }
         self.rejections.with_label_values(&[&self.model_name, "0", "queue_full"]).reset();
-        for counter in [&self.prompt_tokens, &self.generation_tokens, &self.preemptions, &self.prefix_queries, &self.prefix_hits] {
+        let Self { prompt_tokens, generation_tokens, preemptions, prefix_queries, prefix_hits, drafts, draft_tokens, accepted_tokens, .. } = self;
+        for counter in [prompt_tokens, generation_tokens, preemptions, prefix_queries, prefix_hits, drafts, draft_tokens, accepted_tokens] {
             counter.with_label_values(&self.labels()).reset();
         }
         self.swaps.with_label_values::<&str>(&[]).reset();
@@ -202,6 +209,9 @@ impl Metrics {
             self.preemptions.with_label_values(&self.labels()).inc_by(since(|s| s.preemptions));
             self.prefix_queries.with_label_values(&self.labels()).inc_by(since(|s| s.prefix_queries));
             self.prefix_hits.with_label_values(&self.labels()).inc_by(since(|s| s.prefix_hits));
+            self.drafts.with_label_values(&self.labels()).inc_by(since(|s| s.drafts));
+            self.draft_tokens.with_label_values(&self.labels()).inc_by(since(|s| s.draft_tokens));
+            self.accepted_tokens.with_label_values(&self.labels()).inc_by(since(|s| s.accepted_tokens));
             counted.insert(at, now);
         }
     }

@@ -7,6 +7,15 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, OnceLock};
 
+/// A thinner form of a model: `model@NAME`.
+#[derive(Debug, Clone)]
+pub struct Form {
+    /// What stands after the `@`.
+    pub name: String,
+    /// What it computes.
+    pub config: Config,
+}
+
 /// One loaded model. Requests hold it while they run; the engine ends, and the memory is freed, when the last of them is done.
 #[derive(Debug)]
 pub struct Served {
@@ -28,6 +37,8 @@ pub struct Served {
     pub token_text: TokenText,
     /// Tokens that text usually leaves out.
     pub special_tokens: HashSet<u32>,
+    /// Thinner forms of the model over the same weights, in the engine's order.
+    pub forms: Vec<Form>,
     /// The chat template, or why there is none.
     pub chat: Result<ChatRenderer, String>,
     /// Tokens that end a sequence, as the engine has them.
@@ -46,6 +57,16 @@ impl Served {
     /// Tokens of prompt and answer together.
     pub fn max_model_len(&self) -> usize {
         self.engine.config().max_model_len
+    }
+
+    /// The engine's number of a form; without a name the whole model's.
+    pub fn member(&self, form: Option<&str>) -> Option<usize> {
+        form.map_or(Some(0), |form| self.forms.iter().position(|f| f.name == form).map(|i| i + 1))
+    }
+
+    /// What a member of the engine computes.
+    pub fn member_config(&self, member: usize) -> &Config {
+        member.checked_sub(1).and_then(|form| self.forms.get(form)).map_or(&self.config, |form| &form.config)
     }
 
     /// OpenAI's `system_fingerprint`: changes when the answers to the same seed may change.

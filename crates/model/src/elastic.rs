@@ -15,6 +15,13 @@ pub struct Elastic {
     members: Vec<Decoder>,
 }
 
+impl From<Decoder> for Elastic {
+    /// The decoder alone.
+    fn from(parent: Decoder) -> Self {
+        Self { members: vec![parent] }
+    }
+}
+
 impl Elastic {
     /// The decoder, and one more member a pattern: views, no copies.
     ///
@@ -62,17 +69,17 @@ impl Elastic {
         }
         let mut hidden = self.parent().embed(tokens, batch)?;
         for s in 0..self.parent().last_boundary() {
-            hidden = self.sub_block(s, &decoders, hidden, batch, cache)?;
+            hidden = self.sub_block(s, &decoders, &hidden, batch, cache)?;
         }
         Ok(hidden)
     }
 
     /// The residual stream after sub-block `s`.
-    fn sub_block(&self, s: usize, decoders: &[&Decoder], hidden: Tensor, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
+    fn sub_block(&self, s: usize, decoders: &[&Decoder], hidden: &Tensor, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
         let parent = self.parent();
         let runs = runs(decoders, s);
         if let [(_, block)] = runs.as_slice() {
-            return block.map_or(Ok(hidden.clone()), |block| parent.apply(block, s, &hidden, batch, cache));
+            return block.map_or(Ok(hidden.clone()), |block| parent.apply(block, s, hidden, batch, cache));
         }
         let mut parts = Vec::with_capacity(runs.len());
         for (spans, block) in runs {

@@ -3,6 +3,7 @@
 use crate::config::{Config, LayerShape};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 /// What is kept of one layer. Which groups and channels a number keeps is fixed: the first ones (checkpoints store
 /// them in importance order), so a narrower level is a prefix of a wider one.
@@ -41,6 +42,17 @@ impl Pattern {
             }
         }
         Ok(Self { layers })
+    }
+
+    /// The pattern in a file: a JSON list of genes, such as a run's `pattern.json`.
+    ///
+    /// # Errors
+    /// [`Error::Pattern`] with the file's name, when it can't be read, is no such list or doesn't fit the model.
+    pub fn read(file: &Path, parent: &Config) -> Result<Self> {
+        let named = |why: &dyn std::fmt::Display| Error::Pattern(format!("{}: {why}", file.display()));
+        let text = std::fs::read(file).map_err(|e| named(&e))?;
+        let genes = serde_json::from_slice(&text).map_err(|e| named(&format_args!("expected a list of {{\"kv_groups\", \"ffn\"}}, one a layer: {e}")))?;
+        Self::new(genes, parent).map_err(|e| named(&e))
     }
 
     /// Everything kept.

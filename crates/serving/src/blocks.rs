@@ -9,13 +9,18 @@ use std::collections::{BTreeMap, HashMap};
 /// What a block's content is known by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Name {
-    /// The content of the block before it; [`START`] for a first block.
+    /// The content of the block before it; [`start`] for a first block.
     before: u64,
     tokens: [u32; BLOCK_TOKENS],
 }
 
-/// What comes before a sequence's first block.
-pub(crate) const START: u64 = 0;
+/// What comes before a sequence's first block, by the form of the model that computes it: what one form leaves is of no use to another.
+pub(crate) fn start(member: usize) -> u64 {
+    member as u64
+}
+
+/// Contents are numbered from here on.
+const CONTENTS: u64 = 1 << 32;
 
 /// The blocks of one pool.
 #[derive(Debug)]
@@ -44,7 +49,7 @@ impl Blocks {
             unheld: BTreeMap::new(),
             last_use: vec![0; count],
             clock: 0,
-            contents: START,
+            contents: CONTENTS,
         }
     }
 
@@ -79,9 +84,9 @@ impl Blocks {
         Some(block)
     }
 
-    /// The known blocks at the start of `tokens`, held from now on, with the number of the last one's content.
-    pub fn find(&mut self, tokens: &[u32]) -> (Vec<u32>, u64) {
-        let (mut found, mut before) = (Vec::new(), START);
+    /// The known blocks at the start of `tokens` as this form of the model computes them, held from now on, with the number of the last one's content.
+    pub fn find(&mut self, member: usize, tokens: &[u32]) -> (Vec<u32>, u64) {
+        let (mut found, mut before) = (Vec::new(), start(member));
         for tokens in tokens.as_chunks::<BLOCK_TOKENS>().0 {
             let Some(block) = self.known.get(&Name { before, tokens: *tokens }).copied() else { break };
             let Some((_, content)) = &self.names[block as usize] else { break };
@@ -140,7 +145,7 @@ mod tests {
 
     /// As a sequence that computes all of these tokens holds and names them.
     fn compute(blocks: &mut Blocks, tokens: &[u32]) -> Vec<u32> {
-        let (mut table, mut before) = blocks.find(tokens);
+        let (mut table, mut before) = blocks.find(0, tokens);
         for tokens in &tokens.as_chunks::<BLOCK_TOKENS>().0[table.len()..] {
             table.push(blocks.take().unwrap());
             before = blocks.name(*table.last().unwrap(), before, tokens);
@@ -153,14 +158,15 @@ mod tests {
         let mut blocks = Blocks::new(8);
         let (first, other) = (tokens(1, 3), [tokens(1, 2), tokens(9, 2)].concat());
         let table = compute(&mut blocks, &first);
-        assert_eq!(blocks.find(&other).0, table[..2], "two blocks are the same");
+        assert_eq!(blocks.find(0, &other).0, table[..2], "two blocks are the same");
         assert_eq!((blocks.held(), blocks.available()), (3, 5));
         blocks.release(&table[..2]);
         blocks.release(&table);
         assert_eq!(blocks.held(), 0);
-        assert_eq!(blocks.find(&first[..70]).0, table[..2], "a block that is not full is not known");
+        assert_eq!(blocks.find(0, &first[..70]).0, table[..2], "a block that is not full is not known");
+        assert!(blocks.find(1, &first).0.is_empty(), "another form of the model computes other keys and values");
         // the same tokens after something else are something else
-        assert!(blocks.find(&tokens(1, 3)[BLOCK_TOKENS..]).0.is_empty());
+        assert!(blocks.find(0, &tokens(1, 3)[BLOCK_TOKENS..]).0.is_empty());
     }
 
     #[test]
@@ -172,11 +178,11 @@ mod tests {
         let of_b = compute(&mut blocks, &b);
         blocks.release(&of_b);
         assert_eq!(blocks.take(), Some(of_a[1]));
-        assert_eq!(blocks.find(&a).0, of_a[..1]);
+        assert_eq!(blocks.find(0, &a).0, of_a[..1]);
         assert_eq!(blocks.take(), Some(of_b[1]), "the first block of a is held");
         assert_eq!(blocks.take(), Some(of_b[0]));
         assert_eq!(blocks.take(), None);
-        assert!(blocks.find(&b).0.is_empty());
+        assert!(blocks.find(0, &b).0.is_empty());
     }
 
     #[test]
@@ -184,11 +190,11 @@ mod tests {
         let mut blocks = Blocks::new(6);
         let text: [u32; BLOCK_TOKENS] = std::array::from_fn(|i| i as u32);
         let (one, two) = (blocks.take().unwrap(), blocks.take().unwrap());
-        let content = blocks.name(one, START, &text);
-        assert_eq!(blocks.name(two, START, &text), content);
+        let content = blocks.name(one, start(0), &text);
+        assert_eq!(blocks.name(two, start(0), &text), content);
         blocks.release(&[two]);
         assert_eq!(blocks.held(), 1);
         blocks.release(&[one]);
-        assert_eq!(blocks.find(&text).0, [one]);
+        assert_eq!(blocks.find(0, &text).0, [one]);
     }
 }

@@ -6,8 +6,9 @@ use crate::model_runner::ModelRunner;
 use crate::output::FinishReason;
 use crate::scheduler::{Limits, Scheduler, Withdrawn};
 use crate::sequence::Sequence;
+use crate::speculation::{Drafting, Speculation};
 use crate::stats::Shared;
-use evop_model::{BLOCK_TOKENS, Decoder, KvPool, Positions};
+use evop_model::{BLOCK_TOKENS, Decoder, Elastic, KvPool, Positions};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -35,6 +36,8 @@ pub struct EngineConfig {
     pub max_model_len: usize,
     /// Bytes of key/value cache, in blocks of 32 tokens. Sequences take blocks as they grow; when there are none left, who came last gives way.
     pub kv_budget_bytes: usize,
+    /// Whether a thinner form of the model drafts for the whole one. The tokens stay the same.
+    pub speculation: Option<Speculation>,
 }
 
 impl EngineConfig {
@@ -44,11 +47,19 @@ impl EngineConfig {
         let max_concurrent = 32;
         let one = max_model_len * kv_bytes_per_token(decoder);
         let kv_budget_bytes = (max_concurrent * one).min(DEFAULT_KV_BUDGET_BYTES).max(one);
-        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, max_model_len, kv_budget_bytes }
+        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, max_model_len, kv_budget_bytes, speculation: None }
     }
 
-    fn validate(&self) -> Result<(), Error> {
+    fn validate(&self, members: usize) -> Result<(), Error> {
         let Self { max_concurrent, max_batch_tokens, max_model_len, .. } = *self;
+        if let Some(Speculation { member, most }) = self.speculation
+            && (member == 0 || member >= members || most == 0)
+        {
+            return Err(Error::Config(format!(
+                "speculation: expected one of the {} thinner forms of the model and at least one draft, found number {member} and {most} drafts",
+                members.saturating_sub(1)
+            )));
+        }
         if max_concurrent == 0 || max_model_len == 0 {
             return Err(Error::Config("max_concurrent and max_model_len: expected at least 1, found 0".into()));
         }
@@ -78,6 +89,7 @@ fn blocks(decoder: &Decoder, config: &EngineConfig) -> usize {
 pub struct Engine {
     runner: ModelRunner,
     scheduler: Scheduler,
+    drafting: Option<Drafting>,
     eos_token_ids: Vec<u32>,
     commands: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
@@ -100,19 +112,22 @@ impl Drop for Ended {
 }
 
 impl Engine {
-    /// Starts the engine's thread; it owns the decoder until it ends.
+    /// Starts the engine's thread; it owns the model until it ends: a decoder, or one with thinner forms of it.
     ///
     /// # Errors
     /// [`Error::Config`] for limits that contradict each other, [`Error::Cache`] without memory for keys and values, [`Error::Thread`] if there
     /// can't be a thread.
-    pub fn start(decoder: Decoder, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
-        config.validate()?;
+    pub fn start(model: impl Into<Elastic>, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
+        let model = model.into();
+        config.validate(model.len())?;
+        let decoder = model.parent();
         let positions = decoder.config().max_position_embeddings;
         if matches!(decoder.config().positions, Positions::Learned { .. }) && config.max_model_len > positions {
             return Err(Error::Config(format!("max_model_len: expected at most the model's {positions} learned positions, found {}", config.max_model_len)));
         }
-        let blocks = blocks(&decoder, &config);
-        Self::spawn(ModelRunner::new(decoder, blocks).map_err(Error::Cache)?, eos_token_ids, config)
+        let blocks = blocks(decoder, &config);
+        let drafter = config.speculation.map_or(0, |s| s.member);
+        Self::spawn(ModelRunner::new(model, blocks, drafter).map_err(Error::Cache)?, eos_token_ids, config)
     }
 
     fn spawn(runner: ModelRunner, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
@@ -123,9 +138,10 @@ impl Engine {
         let shared = Arc::new(Shared::new(runner.blocks(), block_bytes));
         let (sender, commands) = mpsc::channel();
         let (news, ended) = watch::channel(());
-        let handle = EngineHandle::new(Inner { commands: sender, shared: Arc::clone(&shared), config, vocab_size, ended });
+        let handle = EngineHandle::new(Inner { commands: sender, shared: Arc::clone(&shared), config, vocab_size, members: runner.members(), ended });
         let _ended = Ended { shared: Arc::clone(&shared), _news: news };
-        let engine = Self { runner, scheduler, eos_token_ids, commands, shared, last_finish: Instant::now(), _ended };
+        let drafting = config.speculation.map(|s| Drafting::new(s.most));
+        let engine = Self { runner, scheduler, drafting, eos_token_ids, commands, shared, last_finish: Instant::now(), _ended };
         std::thread::Builder::new().name("evop-engine".into()).spawn(move || engine.run())?;
         Ok(handle)
     }
@@ -176,13 +192,23 @@ impl Engine {
         self.drop_abandoned();
         let stopped = self.scheduler.admit(&self.eos_token_ids);
         self.finish_withdrawn(&stopped, &FinishReason::Stop);
-        let scheduled = self.scheduler.schedule();
+        let mut drafts = None;
+        let drafting = &mut self.drafting;
+        let scheduled = self.scheduler.schedule(|sequences| {
+            drafts = drafting.as_mut().map(|drafting| (sequences, drafting.choose(sequences)));
+            drafts.map_or(0, |(_, drafts)| drafts)
+        });
         self.publish();
         if scheduled == 0 {
             return;
         }
+        let start = Instant::now();
         self.compute();
-        self.emit();
+        let elapsed = start.elapsed();
+        let made = self.emit();
+        if let (Some(drafting), Some((sequences, drafts))) = (&mut self.drafting, drafts) {
+            drafting.observe(sequences, drafts, made, elapsed);
+        }
     }
 
     /// Ends what nobody listens to any more, and what its caller stopped.
@@ -214,8 +240,9 @@ impl Engine {
         }
     }
 
-    /// Sends what the step made.
-    fn emit(&mut self) {
+    /// Sends what the step made. Returns the number of its tokens.
+    fn emit(&mut self) -> usize {
+        let mut made = 0;
         self.shared.steps.fetch_add(1, Relaxed);
         let Scheduler { running, blocks, .. } = &mut self.scheduler;
         for sequence in running.iter_mut().filter(|s| s.scheduled > 0 && s.finished.is_none()) {
@@ -223,8 +250,15 @@ impl Engine {
             sequence.name_blocks(blocks);
             self.shared.prompt_tokens.fetch_add(advanced.prompt_tokens as u64, Relaxed);
             self.shared.generation_tokens.fetch_add(advanced.generated_tokens as u64, Relaxed);
+            if advanced.drafts > 0 {
+                self.shared.drafts.fetch_add(1, Relaxed);
+                self.shared.draft_tokens.fetch_add(advanced.drafts as u64, Relaxed);
+                self.shared.accepted_tokens.fetch_add(advanced.generated_tokens.saturating_sub(1) as u64, Relaxed);
+            }
+            made += advanced.generated_tokens;
         }
         self.finish();
+        made
     }
 
     /// Takes the finished sequences out; by the time that a client reads of the end, the memory counts as free.
@@ -309,14 +343,14 @@ mod tests {
         let decoder = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
         // one token a step and sequence, two sequences: the second request's prompt is still read while the first decodes
         let config = EngineConfig { max_batch_tokens: 2, max_concurrent: 2, ..EngineConfig::for_decoder(&decoder) };
-        let mut runner = ModelRunner::new(decoder, 64).unwrap();
+        let mut runner = ModelRunner::new(decoder.into(), 64, 0).unwrap();
         runner.fault = Some(fault);
         Engine::spawn(runner, vec![0], config).unwrap()
     }
 
     fn submit(engine: &EngineHandle, prompt: Vec<u32>) -> RequestStream {
         let params = SamplingParams { max_tokens: 5, temperature: 0.0, ignore_eos: true, ..SamplingParams::default() };
-        engine.submit(Request { prompt, params, n: 1, request_id: "test".into() }).unwrap()
+        engine.submit(Request { prompt, params, member: 0, n: 1, request_id: "test".into() }).unwrap()
     }
 
     fn end(mut stream: RequestStream) -> (FinishReason, Usage) {
@@ -368,8 +402,8 @@ mod tests {
 
     #[test]
     fn contradicting_limits_are_refused() {
-        let config = EngineConfig { max_concurrent: 4, max_queue: 1, max_batch_tokens: 3, max_model_len: 8, kv_budget_bytes: 0 };
-        assert!(config.validate().unwrap_err().to_string().starts_with("max_batch_tokens"));
-        assert!(EngineConfig { max_concurrent: 0, ..config }.validate().is_err());
+        let config = EngineConfig { max_concurrent: 4, max_queue: 1, max_batch_tokens: 3, max_model_len: 8, kv_budget_bytes: 0, speculation: None };
+        assert!(config.validate(1).unwrap_err().to_string().starts_with("max_batch_tokens"));
+        assert!(EngineConfig { max_concurrent: 0, ..config }.validate(1).is_err());
     }
 }

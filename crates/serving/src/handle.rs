@@ -66,6 +66,8 @@ pub(crate) struct Inner {
     pub shared: Arc<Shared>,
     pub config: EngineConfig,
     pub vocab_size: usize,
+    /// Forms of the model.
+    pub members: usize,
     pub ended: watch::Receiver<()>,
 }
 
@@ -98,7 +100,7 @@ impl EngineHandle {
         if shared.draining.load(SeqCst) {
             return Err(SubmitError::Draining);
         }
-        request.validate(self.inner.vocab_size)?;
+        request.validate(self.inner.vocab_size, self.inner.members)?;
         let (prompt, max_tokens, limit) = (request.prompt.len(), request.params.max_tokens, config.max_model_len);
         if prompt.saturating_add(max_tokens) > limit {
             return Err(SubmitError::ContextTooLong { prompt, max_tokens, limit });

@@ -13,7 +13,7 @@
 //! let engine = Engine::start(decoder, checkpoint.config().eos_token_ids.clone(), config)?;
 //! let prompt = checkpoint.encode("Once upon a time", true)?;
 //! let params = SamplingParams { max_tokens: 20, temperature: 0.0, ..SamplingParams::default() };
-//! let mut stream = engine.submit(Request { prompt, params, n: 1, request_id: "example".into() })?;
+//! let mut stream = engine.submit(Request { prompt, params, member: 0, n: 1, request_id: "example".into() })?;
 //! while let Some(output) = stream.blocking_next() {
 //!     if let OutputKind::Token { id, .. } = output.kind {
 //!         println!("{id}");
@@ -40,6 +40,7 @@ mod python;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod speculation;
 mod stats;
 mod stop;
 mod stream;
@@ -54,6 +55,7 @@ pub use grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSource, MARKERS
 pub use handle::{EngineHandle, SubmitError};
 pub use output::{FinishReason, OutputKind, StepOutput, TokenLogprob, TokenLogprobs, Usage};
 pub use params::{InvalidParam, MAX_CHOICES, MAX_LOGPROBS, Request, SamplingParams};
+pub use speculation::Speculation;
 pub use stats::{EngineStats, FinishedRequests};
 pub use stop::{StopMatcher, Stopped};
 pub use stream::RequestStream;

@@ -14,6 +14,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// How to sample.
     pub params: SamplingParams,
+    /// Which form of the model answers: 0 the whole one, i the engine's i-th pattern.
+    pub member: usize,
     /// Choices to make from the prompt, 1..=[`MAX_CHOICES`].
     pub n: usize,
     /// For log lines.
@@ -137,8 +139,11 @@ impl Request {
     ///
     /// # Errors
     /// The first parameter that is out of range.
-    pub fn validate(&self, vocab_size: usize) -> Result<(), InvalidParam> {
+    pub fn validate(&self, vocab_size: usize, members: usize) -> Result<(), InvalidParam> {
         self.params.validate()?;
+        if self.member >= members {
+            return Err(InvalidParam::new("model", format!("expected one of the model's {members} forms, found number {}", self.member)));
+        }
         if self.prompt.is_empty() {
             return Err(InvalidParam::new("prompt", "expected at least one token, found none".into()));
         }
@@ -192,12 +197,12 @@ mod tests {
 
     #[test]
     fn a_request_must_name_tokens_that_exist() {
-        let request = |prompt: Vec<u32>, params| Request { prompt, params, n: 1, request_id: String::new() };
+        let request = |prompt: Vec<u32>, params| Request { prompt, params, member: 0, n: 1, request_id: String::new() };
         let params = SamplingParams::default;
-        assert_eq!(request(vec![9], params()).validate(10), Ok(()));
-        assert_eq!(request(vec![], params()).validate(10).unwrap_err().param, "prompt");
-        assert_eq!(request(vec![10], params()).validate(10).unwrap_err().param, "prompt");
-        assert_eq!(request(vec![1], SamplingParams { stop_token_ids: vec![10], ..params() }).validate(10).unwrap_err().param, "stop_token_ids");
-        assert_eq!(Request { n: 0, ..request(vec![1], params()) }.validate(10).unwrap_err().param, "n");
+        assert_eq!(request(vec![9], params()).validate(10, 1), Ok(()));
+        assert_eq!(request(vec![], params()).validate(10, 1).unwrap_err().param, "prompt");
+        assert_eq!(request(vec![10], params()).validate(10, 1).unwrap_err().param, "prompt");
+        assert_eq!(request(vec![1], SamplingParams { stop_token_ids: vec![10], ..params() }).validate(10, 1).unwrap_err().param, "stop_token_ids");
+        assert_eq!(Request { n: 0, ..request(vec![1], params()) }.validate(10, 1).unwrap_err().param, "n");
     }
 }

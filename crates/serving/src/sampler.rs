@@ -69,6 +69,21 @@ impl Sampler {
         Self { params, rng, enders, in_prompt, counts: HashMap::new(), made: 0, grammar }
     }
 
+    /// One that would choose the same, for guesses that leave no trace. Only without a grammar.
+    pub fn guessing(&self) -> Option<Self> {
+        let Self { params, rng, enders, in_prompt, counts, made, grammar } = self;
+        let guessing = || Self {
+            params: Arc::clone(params),
+            rng: rng.clone(),
+            enders: enders.clone(),
+            in_prompt: in_prompt.clone(),
+            counts: counts.clone(),
+            made: *made,
+            grammar: None,
+        };
+        grammar.is_none().then(guessing)
+    }
+
     /// Chooses the next token.
     ///
     /// # Errors

@@ -156,11 +156,32 @@ impl Scheduler {
         None
     }
 
+    /// Plans a step: [`Self::share_out`], and where every sequence decodes so many drafts for each, as far as there are blocks. `drafts` is told how many
+    /// sequences there are. Returns the step's tokens without drafts.
+    pub fn schedule(&mut self, drafts: impl FnOnce(usize) -> usize) -> usize {
+        let scheduled = self.share_out();
+        let decoding = self.running.iter().filter(|s| s.may_draft() > 0).count();
+        if decoding > 0 && self.running.iter().all(|s| s.scheduled == 1 && s.is_decoding()) {
+            let drafts = drafts(decoding);
+            let Self { running, blocks, .. } = self;
+            for sequence in running {
+                let wanted = drafts.min(sequence.may_draft());
+                let lacking = sequence.lacks(sequence.computed + 1 + wanted);
+                // nobody gives way to a guess
+                if wanted > 0 && lacking <= blocks.available() {
+                    sequence.table.extend((0..lacking).filter_map(|_| blocks.take()));
+                    sequence.drafting = wanted;
+                }
+            }
+        }
+        scheduled
+    }
+
     /// Shares out the step's tokens: one to each decoding sequence, the rest to prompts in order of arrival, each with the blocks that it needs.
     /// Returns their number.
-    pub fn schedule(&mut self) -> usize {
+    fn share_out(&mut self) -> usize {
         let mut budget = self.limits.max_batch_tokens;
-        self.running.iter_mut().for_each(|s| s.scheduled = 0);
+        self.running.iter_mut().for_each(|s| (s.scheduled, s.drafting) = (0, 0));
         for decoding in [true, false] {
             let mut at = 0;
             while at < self.running.len() && budget > 0 {
@@ -242,7 +263,7 @@ mod tests {
 
     fn submit(scheduler: &mut Scheduler, prompt: Vec<u32>, max_tokens: usize, n: usize) -> UnboundedReceiver<StepOutput> {
         let params = SamplingParams { max_tokens, ..SamplingParams::default() };
-        let group = Arc::new(SequenceGroup::new(Request { prompt, params, n, request_id: String::new() }));
+        let group = Arc::new(SequenceGroup::new(Request { prompt, params, member: 0, n, request_id: String::new() }));
         let (output, receiver) = unbounded_channel();
         scheduler.enqueue(group, output);
         receiver
@@ -255,11 +276,11 @@ mod tests {
 
     /// A step whose every sample is token 7; what was scheduled for each sequence.
     fn step(scheduler: &mut Scheduler) -> Vec<usize> {
-        scheduler.schedule();
+        scheduler.schedule(|_| 0);
         let scheduled = scheduler.running.iter().map(|s| s.scheduled).collect();
         let Scheduler { running, blocks, .. } = scheduler;
         for sequence in running.iter_mut().filter(|s| s.scheduled > 0) {
-            sequence.sampled = sequence.samples().then_some(Ok(Sampled { id: 7, logprobs: None, completes: false }));
+            sequence.sampled = sequence.samples().then(|| Ok(Sampled { id: 7, logprobs: None, completes: false })).into_iter().collect();
             sequence.advance(&[]);
             sequence.name_blocks(blocks);
         }

@@ -1,6 +1,6 @@
 //! A request inside the engine: one group, and one sequence for each of its choices.
 
-use crate::blocks::{Blocks, START};
+use crate::blocks::{Blocks, start};
 use crate::output::{FinishReason, OutputKind, StepOutput, TokenLogprobs, Usage};
 use crate::params::{Request, SamplingParams};
 use crate::sampler::{Sampled, Sampler};
@@ -15,6 +15,8 @@ use tokio::sync::mpsc::UnboundedSender;
 pub(crate) struct SequenceGroup {
     pub request_id: String,
     pub prompt: Vec<u32>,
+    /// The form of the model that answers.
+    pub member: usize,
     pub params: Arc<SamplingParams>,
     pub n: usize,
     pub arrived: Instant,
@@ -24,9 +26,9 @@ pub(crate) struct SequenceGroup {
 
 impl SequenceGroup {
     pub fn new(request: Request) -> Self {
-        let Request { prompt, params, n, request_id } = request;
+        let Request { prompt, params, member, n, request_id } = request;
         let stopped = (0..n).map(|_| AtomicBool::new(false)).collect();
-        Self { request_id, prompt, params: Arc::new(params), n, arrived: Instant::now(), stopped }
+        Self { request_id, prompt, member, params: Arc::new(params), n, arrived: Instant::now(), stopped }
     }
 
     /// Whether its prompt may be taken from what other requests left: not if every token of it is to be scored.
@@ -54,8 +56,11 @@ pub(crate) struct Sequence {
     pub computed: usize,
     /// Tokens of the current step.
     pub scheduled: usize,
-    /// What the current step made, or why it couldn't.
-    pub sampled: Option<Result<Sampled, String>>,
+    /// Further tokens that may be guessed in the current step, and those that were: the step computes them too, and keeps the ones that are right.
+    pub drafting: usize,
+    pub drafts: Vec<u32>,
+    /// What the current step made, or why it couldn't: one token, and one more for every draft that was right.
+    pub sampled: Vec<Result<Sampled, String>>,
     /// Of the prompt's tokens computed so far, if they were asked for.
     pub prompt_logprobs: Vec<Option<TokenLogprobs>>,
     pub finished: Option<FinishReason>,
@@ -74,11 +79,13 @@ impl Sequence {
             index,
             ticket,
             table: Vec::new(),
-            named: (0, START),
+            named: (0, start(group.member)),
             tokens: group.prompt.clone(),
             computed: 0,
             scheduled: 0,
-            sampled: None,
+            drafting: 0,
+            drafts: Vec::new(),
+            sampled: Vec::new(),
             prompt_logprobs: Vec::new(),
             finished: None,
             cached: None,
@@ -92,7 +99,7 @@ impl Sequence {
     /// Takes the blocks that are known already. The last token is always computed: what comes after it is sampled from it.
     pub fn find_prefix(&mut self, blocks: &mut Blocks) {
         if self.group.reuses_prefixes() {
-            let (table, content) = blocks.find(&self.tokens[..self.tokens.len() - 1]);
+            let (table, content) = blocks.find(self.group.member, &self.tokens[..self.tokens.len() - 1]);
             self.computed = table.len() * BLOCK_TOKENS;
             self.named = (table.len(), content);
             self.table = table;
@@ -110,8 +117,9 @@ impl Sequence {
     /// Gives all blocks back; everything has to be computed again, unless it is found again.
     pub fn release(&mut self, blocks: &mut Blocks) {
         blocks.release(&std::mem::take(&mut self.table));
-        self.named = (0, START);
-        (self.computed, self.scheduled) = (0, 0);
+        self.named = (0, start(self.group.member));
+        (self.computed, self.scheduled, self.drafting) = (0, 0, 0);
+        self.drafts.clear();
         if !self.prompt_read {
             self.prompt_logprobs.clear();
         }
@@ -151,12 +159,18 @@ impl Sequence {
 
     /// The current step's place in the sequence.
     pub fn span(&self) -> Span {
-        Span { past: self.computed, len: self.scheduled }
+        Span { past: self.computed, len: self.scheduled + self.drafts.len() }
     }
 
-    /// The current step's tokens.
-    pub fn scheduled_tokens(&self) -> &[u32] {
-        &self.tokens[self.computed..self.computed + self.scheduled]
+    /// The current step's tokens, drafts included.
+    pub fn scheduled_tokens(&self) -> impl Iterator<Item = u32> {
+        self.tokens[self.computed..self.computed + self.scheduled].iter().chain(&self.drafts).copied()
+    }
+
+    /// How many tokens may be guessed beyond the next one. A grammar needs each token before it can say what may follow.
+    pub fn may_draft(&self) -> usize {
+        let left = self.group.params.max_tokens.saturating_sub(self.generated() + 1);
+        if self.group.member == 0 && self.is_decoding() && self.group.params.grammar.is_none() { left } else { 0 }
     }
 
     /// Whether a token is sampled from the current step's last row: nothing is left after it.
@@ -197,18 +211,27 @@ impl Sequence {
                 self.finished = Some(FinishReason::Length);
             }
         }
-        match self.sampled.take() {
-            Some(Ok(Sampled { id, logprobs, completes })) => {
-                self.tokens.push(id);
-                self.finished = self.ended_by(id, eos, completes);
-                // the last token of a grammar is text, unless it is the end of sequence
-                let ends_text = !completes || eos.contains(&id);
-                let is_stop = ends_text && matches!(self.finished, Some(FinishReason::Stop | FinishReason::StopToken(_)));
-                self.send(OutputKind::Token { id, logprobs, is_stop });
-                advanced.generated_tokens = 1;
+        advanced.drafts = self.drafts.len();
+        self.drafting = 0;
+        self.drafts.clear();
+        for sampled in std::mem::take(&mut self.sampled) {
+            match sampled {
+                Ok(Sampled { id, logprobs, completes }) => {
+                    // a draft that was right has its keys and values
+                    self.computed = self.tokens.len();
+                    self.tokens.push(id);
+                    self.finished = self.ended_by(id, eos, completes);
+                    // the last token of a grammar is text, unless it is the end of sequence
+                    let ends_text = !completes || eos.contains(&id);
+                    let is_stop = ends_text && matches!(self.finished, Some(FinishReason::Stop | FinishReason::StopToken(_)));
+                    self.send(OutputKind::Token { id, logprobs, is_stop });
+                    advanced.generated_tokens += 1;
+                }
+                Err(message) => self.finished = Some(FinishReason::Error(message)),
             }
-            Some(Err(message)) => self.finished = Some(FinishReason::Error(message)),
-            None => {}
+            if self.finished.is_some() {
+                break;
+            }
         }
         advanced
     }
@@ -248,4 +271,6 @@ impl Sequence {
 pub(crate) struct Advanced {
     pub prompt_tokens: usize,
     pub generated_tokens: usize,
+    /// Guessed; all generated tokens but one were guessed rightly.
+    pub drafts: usize,
 }

@@ -27,6 +27,12 @@ pub struct EngineStats {
     pub prompt_tokens_total: u64,
     /// Tokens made since the start.
     pub generation_tokens_total: u64,
+    /// Times that tokens were drafted for a sequence, since the start.
+    pub drafts: u64,
+    /// Tokens drafted.
+    pub draft_tokens: u64,
+    /// Those of them that were right.
+    pub accepted_tokens: u64,
     /// Forward passes since the start.
     pub steps: u64,
     /// Choices that ended, by reason.
@@ -62,6 +68,9 @@ pub(crate) struct Shared {
     pub prefix_hits: AtomicU64,
     pub prompt_tokens: AtomicU64,
     pub generation_tokens: AtomicU64,
+    pub drafts: AtomicU64,
+    pub draft_tokens: AtomicU64,
+    pub accepted_tokens: AtomicU64,
     pub steps: AtomicU64,
     finished: Mutex<FinishedRequests>,
     /// Since `started`.
@@ -87,6 +96,9 @@ impl Shared {
             prefix_hits: AtomicU64::new(0),
             prompt_tokens: AtomicU64::new(0),
             generation_tokens: AtomicU64::new(0),
+            drafts: AtomicU64::new(0),
+            draft_tokens: AtomicU64::new(0),
+            accepted_tokens: AtomicU64::new(0),
             steps: AtomicU64::new(0),
             finished: Mutex::new(FinishedRequests::default()),
             last_step_nanos: AtomicU64::new(0),
@@ -109,6 +121,9 @@ impl Shared {
             prefix_hits: self.prefix_hits.load(Relaxed),
             prompt_tokens_total: self.prompt_tokens.load(Relaxed),
             generation_tokens_total: self.generation_tokens.load(Relaxed),
+            drafts: self.drafts.load(Relaxed),
+            draft_tokens: self.draft_tokens.load(Relaxed),
+            accepted_tokens: self.accepted_tokens.load(Relaxed),
             steps: self.steps.load(Relaxed),
             finished: *self.finished.lock().unwrap_or_else(std::sync::PoisonError::into_inner),
             last_step: self.started + Duration::from_nanos(self.last_step_nanos.load(Relaxed)),

@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn an_engine_that_is_gone_still_ends_every_choice_once() {
-        let request = Request { prompt: vec![1, 2], params: SamplingParams::default(), n: 2, request_id: String::new() };
+        let request = Request { prompt: vec![1, 2], params: SamplingParams::default(), member: 0, n: 2, request_id: String::new() };
         let (output, receiver) = tokio::sync::mpsc::unbounded_channel();
         let mut stream = RequestStream::new(receiver, Arc::new(SequenceGroup::new(request)));
         let finished = OutputKind::Finished { reason: FinishReason::Length, usage: Usage::default(), queued: Duration::ZERO };

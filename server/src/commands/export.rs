@@ -1,9 +1,9 @@
 //! `evop export`: a checkpoint in another format.
 
 use super::model_name::ModelName;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
-use evop_model::{Gene, Pattern};
+use evop_model::Pattern;
 use evop_pruning::checkpoint::{Contents, Format, MaskedSource, Target, WeightType, Written};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -43,9 +43,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let written = match &args.pattern {
         None => contents.write(target, &args.out)?,
         Some(file) => {
-            let genes: Vec<Gene> = serde_json::from_slice(&std::fs::read(file).with_context(|| file.display().to_string())?)
-                .with_context(|| format!("{}: expected a list of {{\"kv_groups\", \"ffn\"}}, one a layer", file.display()))?;
-            let pattern = Pattern::new(genes, checkpoint.config()).with_context(|| file.display().to_string())?;
+            let pattern = Pattern::read(file, checkpoint.config())?;
             let config = checkpoint.config().with_pattern(&pattern);
             let source = MaskedSource::new(checkpoint.source().as_ref(), checkpoint.config(), &pattern)?;
             contents.around(&config, &source).write(target, &args.out)?

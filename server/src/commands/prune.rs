@@ -77,7 +77,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
             None if args.pareto => Some(Strategy::Pareto),
             None => args.strategy,
         };
-        let pattern = args.pattern.as_deref().map(|path| read_pattern(path, checkpoint.config())).transpose()?;
+        let pattern = args.pattern.as_deref().map(|path| Pattern::read(path, checkpoint.config())).transpose()?;
         let mut budgets = args.budget.given()?;
         if budgets.is_empty() {
             budgets.push(match &pattern {
@@ -117,13 +117,6 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         Ok(())
     })?;
     Ok((directory, outcome))
-}
-
-/// A pattern as a run writes it.
-fn read_pattern(path: &Path, config: &Config) -> Result<Pattern> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}: expected a pattern", path.display()))?;
-    let genes = serde_json::from_str(&text).with_context(|| format!("{}: expected a pattern as a run writes it", path.display()))?;
-    Ok(Pattern::new(genes, config)?)
 }
 
 /// What a pattern keeps of the block parameters, as a budget.

@@ -14,20 +14,33 @@ use std::time::Instant;
 /// Tokenizing longer texts than this is left to a thread that may block.
 const SHORT_TEXT_BYTES: usize = 16 << 10;
 
+/// Who answers a request.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The model.
+    pub served: Arc<Served>,
+    /// The name to answer with.
+    pub name: String,
+    /// Its form, as the engine numbers them.
+    pub member: usize,
+}
+
 /// The model that a request names, and the name to answer with. Without a name it is the one that is served.
 ///
 /// # Errors
 /// 400 for a name that is no string, 404 for one that is not served, 503 while there is no model or no more requests are taken.
-pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<(Arc<Served>, String), ApiError> {
+pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<Target, ApiError> {
     let name = fields.string("model")?.filter(|name| !name.is_empty());
     if app.shutdown.is_draining() {
         return Err(ApiError::unavailable("the server is shutting down"));
     }
     let Some(served) = app.slot.current() else { return Err(ApiError::unavailable("the model is still loading")) };
     match name {
-        Some(name) if !app.answers_to(&served, name) => Err(ApiError::model_not_found(name)),
-        Some(name) => Ok((served, name.to_string())),
-        None => Ok((served, app.names()[0].clone())),
+        Some(name) => match app.member(&served, name) {
+            Some(member) => Ok(Target { served, name: name.to_string(), member }),
+            None => Err(ApiError::model_not_found(name)),
+        },
+        None => Ok(Target { served, name: app.names()[0].clone(), member: 0 }),
     }
 }
 
@@ -105,6 +118,8 @@ pub struct Admission<'a> {
     pub app: &'a Arc<App>,
     /// The model that answers.
     pub served: Arc<Served>,
+    /// Its form.
+    pub member: usize,
     /// For log lines.
     pub request_id: &'a RequestId,
     /// When the request came in.
@@ -134,7 +149,8 @@ impl Admission<'_> {
         for (prompt, max_tokens) in prompts.into_iter().zip(lengths) {
             let params = SamplingParams { max_tokens, ..self.params.clone() };
             let scored = params.prompt_logprobs.is_some();
-            let request = Request { prompt: prompt.tokens.clone(), params, n: self.answer.best_of, request_id: self.request_id.to_string() };
+            let request =
+                Request { prompt: prompt.tokens.clone(), params, member: self.member, n: self.answer.best_of, request_id: self.request_id.to_string() };
             let stream = self.served.engine.submit(request).map_err(|error| self.refused(error))?;
             self.app.metrics.admitted(prompt.tokens.len(), max_tokens, self.answer.n);
             submitted.push(Submitted { stream, tokens: prompt.tokens, echo: prompt.echo, scored });

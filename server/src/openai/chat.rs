@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::{Admission, MaxTokens, TokenizedPrompt, encode, served_model};
+use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::chat_output::{ASSISTANT, ChatOutput, ChatOutputOptions, message};
 use crate::openai::chat_request::{ChatRequest, Conversation};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
@@ -27,13 +27,13 @@ use std::time::Instant;
 /// Answers a conversation.
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let (served, model, mut request) = parse(&app, &body)?;
+    let (Target { served, name: model, member }, mut request) = parse(&app, &body)?;
     let text = render(&served, &request.conversation)?;
     let output = prepare(&served, &mut request, &text).await?;
     let mut prompt = TokenizedPrompt { tokens: encode(&served, text, request.conversation.add_special_tokens, "messages").await?, echo: None };
     prompt.truncate(request.truncate);
     let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
-    let admission = Admission { app: &app, served, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let admission = Admission { app: &app, served, member, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
     let mut generation = admission.submit(vec![prompt])?;
     if request.answer.stream.is_some() {
         let head = Head::new("chatcmpl", "chat.completion.chunk", model, generation.served());
@@ -47,11 +47,11 @@ pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody
 }
 
 /// Apart from the handler, because [`Fields`] must not live across an await.
-fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result<(Arc<Served>, String, ChatRequest), ApiError> {
+fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result<(Target, ChatRequest), ApiError> {
     let fields = Fields::new(body);
-    let (served, model) = served_model(app, &fields)?;
-    let request = ChatRequest::parse(&fields, &served.generation, served.max_model_len())?;
-    Ok((served, model, request))
+    let target = served_model(app, &fields)?;
+    let request = ChatRequest::parse(&fields, &target.served.generation, target.served.max_model_len())?;
+    Ok((target, request))
 }
 
 /// A conversation as the model reads it.

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::{Admission, MaxTokens, TokenizedPrompt, encode, served_model};
+use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
 use crate::openai::completion_request::{CompletionRequest, Prompt};
 use crate::openai::errors::ApiError;
@@ -27,7 +27,7 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 /// Continues prompts.
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let (served, model, mut request) = parse(&app, &body)?;
+    let (Target { served, name: model, member }, mut request) = parse(&app, &body)?;
     if let Some(constraint) = &request.constraint {
         request.params.grammar = Some(constraint.compile(&served, Thinking::Never).await?);
     }
@@ -36,7 +36,7 @@ pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody
         prompts.push(tokenize(&served, &request, prompt).await?);
     }
     let max_tokens = MaxTokens { asked: request.max_tokens, default: Some(DEFAULT_MAX_TOKENS), prompt_field: "prompt" };
-    let admission = Admission { app: &app, served, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let admission = Admission { app: &app, served, member, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
     let count = prompts.len();
     let mut generation = admission.submit(prompts)?;
     let head = Head::new("cmpl", "text_completion", model, generation.served());
@@ -49,11 +49,11 @@ pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody
 }
 
 /// Apart from the handler, because [`Fields`] must not live across an await.
-fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result<(Arc<Served>, String, CompletionRequest), ApiError> {
+fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result<(Target, CompletionRequest), ApiError> {
     let fields = Fields::new(body);
-    let (served, model) = served_model(app, &fields)?;
-    let request = CompletionRequest::parse(&fields, &served.generation, served.max_model_len())?;
-    Ok((served, model, request))
+    let target = served_model(app, &fields)?;
+    let request = CompletionRequest::parse(&fields, &target.served.generation, target.served.max_model_len())?;
+    Ok((target, request))
 }
 
 async fn tokenize(served: &Arc<Served>, request: &CompletionRequest, prompt: &Prompt) -> Result<TokenizedPrompt, ApiError> {

@@ -40,7 +40,7 @@ pub async fn tokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> 
 
 fn parse(app: &App, body: &Map<String, Value>) -> Result<(Arc<Served>, Input), ApiError> {
     let fields = Fields::new(body);
-    let (served, _) = served_model(app, &fields)?;
+    let served = served_model(app, &fields)?.served;
     let flag = |name, default| fields.bool(name).map(|b| b.unwrap_or(default));
     let return_strings = flag("return_token_strs", false)?;
     let input = if let Some(text) = fields.string("prompt")? {
@@ -76,7 +76,7 @@ fn llama_form(served: &Served, ids: &[u32], with_pieces: bool) -> Value {
 /// Token ids to text. The two forms ask alike, so the answer has both.
 pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<Value>, ApiError> {
     let fields = Fields::new(&body);
-    let (served, _) = served_model(&app, &fields)?;
+    let served = served_model(&app, &fields)?.served;
     fields.required("tokens")?;
     let ids = fields.token_ids("tokens")?.unwrap_or_default();
     fields.log_unknown();

@@ -1,7 +1,5 @@
 //! The engine on the bundled model, through its public interface.
 
-#![allow(clippy::unwrap_used)]
-
 use evop_model::{Checkpoint, DType, Decoder, Device, Gene, NoCache, Pattern, Span};
 use evop_serving::{
     Detokenizer, Engine, EngineConfig, EngineHandle, FinishReason, OutputKind, Request, RequestStream, SamplingParams, StepOutput, SubmitError, TokenLogprobs,
@@ -11,8 +9,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(|| Checkpoint::open(&root().join("models/tiny")).unwrap());
-static DECODER: LazyLock<Decoder> = LazyLock::new(|| CHECKPOINT.decoder(&Device::Cpu, DType::F32).unwrap());
+pub static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(|| Checkpoint::open(&root().join("models/tiny")).unwrap());
+pub static DECODER: LazyLock<Decoder> = LazyLock::new(|| CHECKPOINT.decoder(&Device::Cpu, DType::F32).unwrap());
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -30,11 +28,11 @@ fn greedy(max_tokens: usize) -> SamplingParams {
     SamplingParams { max_tokens, temperature: 0.0, ignore_eos: true, ..SamplingParams::default() }
 }
 
-fn request(prompt: Vec<u32>, params: SamplingParams) -> Request {
-    Request { prompt, params, n: 1, request_id: "test".into() }
+pub fn request(prompt: Vec<u32>, params: SamplingParams) -> Request {
+    Request { prompt, params, member: 0, n: 1, request_id: "test".into() }
 }
 
-fn prompt(text: &str) -> Vec<u32> {
+pub fn prompt(text: &str) -> Vec<u32> {
     CHECKPOINT.encode(text, true).unwrap()
 }
 
@@ -45,15 +43,15 @@ fn block_bytes() -> usize {
 
 /// Everything that came of one choice.
 #[derive(Debug, Default, Clone, PartialEq)]
-struct Choice {
-    tokens: Vec<u32>,
-    logprobs: Vec<TokenLogprobs>,
+pub struct Choice {
+    pub tokens: Vec<u32>,
+    pub logprobs: Vec<TokenLogprobs>,
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     ended_by_stop: bool,
-    end: Option<(FinishReason, Usage)>,
+    pub end: Option<(FinishReason, Usage)>,
 }
 
-fn collect(mut stream: RequestStream, n: usize) -> Vec<Choice> {
+pub fn collect(mut stream: RequestStream, n: usize) -> Vec<Choice> {
     let mut choices = vec![Choice::default(); n];
     while let Some(StepOutput { index, kind }) = stream.blocking_next() {
         let choice = &mut choices[index];

@@ -1,7 +1,5 @@
 //! Grammars in the engine: on the bundled model, through the public interface.
 
-#![allow(clippy::unwrap_used)]
-
 use evop_model::{Checkpoint, DType, Decoder, Device};
 use evop_serving::{
     Engine, EngineConfig, EngineHandle, FinishReason, Grammar, GrammarCompiler, GrammarSource, OutputKind, Request, RequestStream, SamplingParams, Thinking,
@@ -37,7 +35,7 @@ fn defaults() -> EngineConfig {
 }
 
 fn submit(engine: &EngineHandle, text: &str, params: SamplingParams, n: usize) -> RequestStream {
-    engine.submit(Request { prompt: CHECKPOINT.encode(text, true).unwrap(), params, n, request_id: "test".into() }).unwrap()
+    engine.submit(Request { prompt: CHECKPOINT.encode(text, true).unwrap(), params, member: 0, n, request_id: "test".into() }).unwrap()
 }
 
 /// Tokens, text and end of every choice.
