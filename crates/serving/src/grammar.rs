@@ -14,6 +14,9 @@ use toktrie::{ApproximateTokEnv, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 const BOUNDED_WHITESPACE: &str = r" |\r?\n[ \t]{0,40}";
 /// What reasoning and tool calls stand between; text to grammars, although a vocabulary may call these tokens special.
 pub const MARKERS: [&str; 4] = ["<think>", "</think>", "<tool_call>", "</tool_call>"];
+/// A grammar's text is no longer, and compiled on a stack of that many bytes: rules that refer to rules are followed by recursion.
+const MAX_SOURCE_BYTES: usize = 256 << 10;
+const COMPILER_STACK_BYTES: usize = 256 << 20;
 /// Bounds one grammar's memory, at about 2 kB a state.
 const MAX_LEXER_STATES: usize = 30_000;
 
@@ -43,6 +46,8 @@ pub enum Whitespace {
     Bounded,
     /// Nothing.
     None,
+    /// A space after every colon and comma: as Python's `json.dumps` writes it, and chat templates with it.
+    OneLine,
     /// What this regular expression matches, or nothing.
     Pattern(String),
 }
@@ -63,6 +68,16 @@ pub enum Thinking {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct GrammarError(String);
+
+impl GrammarError {
+    /// What llguidance says; it quotes the grammar, however long that is.
+    fn of(error: &impl std::fmt::Display) -> Self {
+        const LONGEST: usize = 400;
+        let text = format!("{error:#}");
+        let cut = text.char_indices().nth(LONGEST).map(|(at, _)| at);
+        Self(cut.map_or_else(|| text.trim_end().to_string(), |at| format!("{}…", &text[..at])))
+    }
+}
 
 /// Compiles grammars for one vocabulary.
 pub struct GrammarCompiler {
@@ -99,6 +114,19 @@ impl GrammarCompiler {
     /// # Errors
     /// What is wrong with the grammar, or that it is too large.
     pub fn compile(&self, source: &GrammarSource, thinking: Thinking) -> Result<Grammar, GrammarError> {
+        let bytes = source.bytes();
+        if bytes > MAX_SOURCE_BYTES {
+            return Err(GrammarError(format!("it is too long: expected at most {MAX_SOURCE_BYTES} bytes, found {bytes}")));
+        }
+        std::thread::scope(|scope| {
+            let compile = || self.compile_here(source, thinking);
+            let thread = std::thread::Builder::new().name("evop-grammar".into()).stack_size(COMPILER_STACK_BYTES).spawn_scoped(scope, compile);
+            let thread = thread.map_err(|e| GrammarError(format!("no thread can be had for it: {e}")))?;
+            thread.join().unwrap_or_else(|_| Err(GrammarError("the compiler failed".into())))
+        })
+    }
+
+    fn compile_here(&self, source: &GrammarSource, thinking: Thinking) -> Result<Grammar, GrammarError> {
         let answer = lexed(source)?;
         let grammars = match thinking {
             Thinking::Never => vec![answer],
@@ -109,12 +137,12 @@ impl GrammarCompiler {
             }
         };
         let parser = self.factory.create_parser(TopLevelGrammar { grammars, max_tokens: None });
-        let mut matcher = Matcher::new(Ok(parser.map_err(|e| GrammarError(format!("{e:#}")))?));
+        let mut matcher = Matcher::new(Ok(parser.map_err(|e| GrammarError::of(&e))?));
         // what fails at once should fail before anything runs
         match matcher.compute_mask_or_eos() {
             Ok(mask) if mask.is_zero() => Err(GrammarError("no token of this model can begin such a text".into())),
             Ok(_) => Ok(Grammar(Arc::new(Mutex::new(matcher)))),
-            Err(error) => Err(GrammarError(format!("{error:#}"))),
+            Err(error) => Err(GrammarError::of(&error)),
         }
     }
 }
@@ -139,7 +167,8 @@ fn lexed(source: &GrammarSource) -> Result<GrammarWithLexer, GrammarError> {
         GrammarSource::Choice(texts) if texts.is_empty() => return Err(GrammarError("expected at least one choice, found none".into())),
         GrammarSource::Choice(texts) => {
             let texts: Vec<String> = texts.iter().map(|text| Value::from(text.as_str()).to_string()).collect();
-            GrammarWithLexer::from_lark(format!("start: {}", texts.join(" | ")))
+            // (a terminal, so that any number of texts is one automaton)
+            GrammarWithLexer::from_lark(format!("start: CHOICE\nCHOICE: {}", texts.join(" | ")))
         }
         GrammarSource::Lark(lark) => GrammarWithLexer::from_lark(lark.clone()),
     })
@@ -152,6 +181,7 @@ fn with_whitespace(schema: &Value, whitespace: &Whitespace) -> Value {
         object.entry("x-guidance").or_insert_with(|| match whitespace {
             Whitespace::Bounded => json!({"whitespace_pattern": BOUNDED_WHITESPACE}),
             Whitespace::None => json!({"whitespace_flexible": false}),
+            Whitespace::OneLine => json!({"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}),
             Whitespace::Pattern(pattern) => json!({"whitespace_pattern": pattern}),
         });
     }
@@ -159,9 +189,18 @@ fn with_whitespace(schema: &Value, whitespace: &Whitespace) -> Value {
 }
 
 impl GrammarSource {
+    /// Length of its text.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Json { schema, .. } => schema.to_string().len(),
+            Self::Regex(text) | Self::Lark(text) => text.len(),
+            Self::Choice(texts) => texts.iter().map(|text| text.len() + 3).sum(),
+        }
+    }
+
     /// A JSON schema as it can stand in a Lark grammar: `%json {…}`.
-    pub fn json_in_lark(schema: &Value) -> String {
-        format!("%json {}", with_whitespace(schema, &Whitespace::Bounded))
+    pub fn json_in_lark(schema: &Value, whitespace: &Whitespace) -> String {
+        format!("%json {}", with_whitespace(schema, whitespace))
     }
 }
 

@@ -54,7 +54,9 @@ fn response_format(fields: &Fields<'_>) -> Result<Option<Constraint>, ApiError> 
             let outer =
                 format.object("json_schema")?.ok_or_else(|| ApiError::invalid("response_format.json_schema", "response_format.json_schema is required"))?;
             // what is given is enforced, strict or not
-            (outer.string("name")?, outer.string("description")?, outer.bool("strict")?);
+            outer.string("name")?;
+            outer.string("description")?;
+            outer.bool("strict")?;
             outer.required("schema")?;
             schema(&outer, "schema")?.unwrap_or_default()
         }

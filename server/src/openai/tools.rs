@@ -2,7 +2,7 @@
 
 use crate::openai::errors::ApiError;
 use crate::openai::fields::{Fields, wrong_type};
-use evop_serving::{ChatRenderer, GrammarSource};
+use evop_serving::{ChatRenderer, GrammarSource, Whitespace};
 use serde_json::{Value, json};
 
 /// Calls in one answer that is forced to call.
@@ -102,8 +102,9 @@ impl Tools {
             lark += " | answer";
         }
         lark += "\ncalls: call";
-        // Llama 3 makes one call at a time
-        if self.parallel && format == CallFormat::Tagged {
+        // a named function is called once, as OpenAI does; Llama 3 makes one call at a time
+        let several = self.parallel && !matches!(self.choice, ToolChoice::Named(_)) && format == CallFormat::Tagged;
+        if several {
             lark += &format!(" (\"\\n\" call){{0,{}}}", MOST_FORCED_CALLS - 1);
         }
         let rules: Vec<String> = (0..callable.len()).map(|i| format!("call{i}")).collect();
@@ -111,10 +112,11 @@ impl Tools {
         for (i, function) in callable.into_iter().enumerate() {
             let begin = literal(format!("{before}{{\"name\": {}, \"{arguments}\": ", Value::from(function.name.as_str())));
             let end = literal(format!("}}{after}"));
-            lark += &format!("call{i}: {begin} arguments{i} {end}\narguments{i}: {}\n", GrammarSource::json_in_lark(&function.parameters));
+            lark +=
+                &format!("call{i}: {begin} arguments{i} {end}\narguments{i}: {}\n", GrammarSource::json_in_lark(&function.parameters, &Whitespace::OneLine));
         }
         if let Some(schema) = answer {
-            lark += &format!("answer: {}\n", GrammarSource::json_in_lark(schema));
+            lark += &format!("answer: {}\n", GrammarSource::json_in_lark(schema, &Whitespace::Bounded));
         }
         GrammarSource::Lark(lark)
     }
@@ -202,5 +204,16 @@ mod tests {
             assert_eq!(param(&with_choice(&choice)), "tool_choice");
         }
         assert_eq!(param(&json!({"tool_choice": "required"})), "tool_choice");
+    }
+
+    #[test]
+    fn the_template_says_how_calls_are_written() {
+        let format = |source: &str| {
+            let template = evop_model::ChatTemplate { source: source.into(), bos_token: String::new(), eos_token: String::new() };
+            CallFormat::of(&ChatRenderer::new(&template).unwrap())
+        };
+        assert_eq!(format("{% for t in tools %}{{ '\"parameters\": ' }}{% endfor %}"), CallFormat::Bare);
+        assert_eq!(format("{% for t in tools %}<tool_call>{{ '\"parameters\": ' }}{% endfor %}"), CallFormat::Tagged);
+        assert_eq!(format("{{ messages }}"), CallFormat::Tagged);
     }
 }

@@ -71,10 +71,11 @@ fn a_required_call_is_made_and_its_arguments_fit_the_schema() {
 fn a_named_function_is_the_one_that_is_called() {
     let server = Server::start(&[]);
     for name in ["weather", "now"] {
-        let body = ask(&json!({"tool_choice": {"type": "function", "function": {"name": name}}, "parallel_tool_calls": false, "n": 3}));
+        let body = ask(&json!({"tool_choice": {"type": "function", "function": {"name": name}}, "n": 3}));
         for choice in server.chat(&body).ok()["choices"].as_array().unwrap() {
             assert_eq!(choice["message"]["tool_calls"][0]["function"]["name"], name);
             check_call(&choice["message"]["tool_calls"][0]);
+            assert_eq!(choice["message"]["tool_calls"].as_array().unwrap().len(), 1);
         }
     }
 }

@@ -136,3 +136,36 @@ fn what_leaves_nothing_to_sample_ends_that_request_alone() {
     assert!(matches!(end, Some(FinishReason::Error(text)) if text.contains("grammar")));
     assert_eq!(collect(submit(&engine, "Once", sampled(&grammar, 1), 1), 1)[0].1, "yes");
 }
+
+#[test]
+fn a_grammar_made_to_do_harm_is_refused_or_followed() {
+    // four letters: as many rules as there is room for
+    let name = |i: usize| -> String { (0..4).rev().map(|place| char::from(b'a' + (i / 26_usize.pow(place) % 26) as u8)).collect() };
+    let chain: String = (0..25_000).map(|i| format!("{}:{}\n", name(i), name(i + 1))).collect();
+    let defs = |n: usize| -> serde_json::Map<String, Value> { (0..n).map(|i| (format!("d{i}"), json!({"$ref": format!("#/$defs/d{}", i + 1)}))).collect() };
+    let mut schema = json!({"$ref": "#/$defs/d0", "$defs": defs(5000)});
+    schema["$defs"]["d5000"] = json!({"type": "integer"});
+    let json = |schema| GrammarSource::Json { schema, whitespace: Whitespace::Bounded };
+    let sources = [
+        GrammarSource::Lark(format!("start: aaaa\n{chain}{}: \"x\"", name(25_000))),
+        GrammarSource::Lark(format!("start: {}\"x\"{}", "(".repeat(100_000), ")".repeat(100_000))),
+        GrammarSource::Regex(format!("{}a{}", "(".repeat(100_000), ")".repeat(100_000))),
+        GrammarSource::Regex("(((a|b){1,900}){1,900}){1,900}".into()),
+        GrammarSource::Regex(".*a.{300}".into()),
+        GrammarSource::Regex("a".repeat(200_000)),
+        GrammarSource::Choice(vec!["a".repeat(200_000), "b".into()]),
+        GrammarSource::Choice((0..15_000).map(|i| format!("word {i}")).collect()),
+        json(schema),
+        json(json!({"type": "array", "minItems": 100_000, "items": {"type": "integer"}})),
+        json(json!({"type": "string", "pattern": "^(a|ab|abc)*$", "maxLength": 100_000})),
+    ];
+    let engine = start(defaults());
+    for source in sources {
+        if let Ok(grammar) = COMPILER.compile(&source, Thinking::Never) {
+            collect(submit(&engine, "Once", SamplingParams { max_tokens: 3, ..sampled(&grammar, 1) }, 1), 1);
+        }
+    }
+    let too_long = COMPILER.compile(&GrammarSource::Regex("a".repeat(300_000)), Thinking::Never).unwrap_err();
+    assert!(too_long.to_string().contains("too long"));
+    assert_eq!(collect(submit(&engine, "Once", sampled(&compile(&GrammarSource::Choice(vec!["yes".into()])), 1), 1), 1)[0].1, "yes");
+}
