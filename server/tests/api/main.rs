@@ -8,6 +8,7 @@ mod completions;
 mod errors;
 mod evaluate;
 mod export;
+mod forms;
 mod harness;
 mod interrupted;
 mod keys;

@@ -1,0 +1,75 @@
+//! Thinner forms of the served model: `model@FORM`, and drafting by one of them.
+
+use crate::harness::{Server, command};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// A pattern file in which these attentions and MLPs are gone.
+fn pattern(directory: &Path, name: &str, attention: &[usize], mlp: &[usize]) -> PathBuf {
+    let gene = |l: usize| json!({"kv_groups": if attention.contains(&l) { 0 } else { 2 }, "ffn": if mlp.contains(&l) { 0 } else { 384 }});
+    let file = directory.join(name);
+    std::fs::write(&file, Value::from((0..12).map(gene).collect::<Vec<_>>()).to_string()).unwrap();
+    file
+}
+
+fn complete(server: &Server, model: &str) -> Value {
+    server.complete(&json!({"model": model, "prompt": "It was a dark night, and", "max_tokens": 40, "temperature": 0})).ok()
+}
+
+#[test]
+fn forms_are_listed_and_answer_under_their_names() {
+    let files = tempfile::tempdir().unwrap();
+    let thin = format!("25={}", pattern(files.path(), "a.json", &[5], &[3, 7, 8]).display());
+    let thinner = format!("fast={}", pattern(files.path(), "b.json", &[2, 5, 8], &[1, 3, 6, 7, 9]).display());
+    let server = Server::start(&["--served-model-name", "tiny", "--pattern", &thin, "--pattern", &thinner]);
+    let models = server.get("/v1/models").ok();
+    let listed: Vec<&Value> = models["data"].as_array().unwrap().iter().collect();
+    assert_eq!(listed.iter().map(|m| m["id"].as_str().unwrap()).collect::<Vec<_>>(), ["tiny", "tiny@25", "tiny@fast"]);
+    assert_eq!((listed[1]["parent"].as_str(), &listed[0]["parent"]), (Some("tiny"), &Value::Null));
+    let parameters = |m: &Value| m["evop"]["parameters"].as_u64().unwrap();
+    assert!(parameters(listed[0]) > parameters(listed[1]) && parameters(listed[1]) > parameters(listed[2]));
+    assert_eq!(server.get("/v1/models/tiny@25").ok(), *listed[1]);
+
+    let answers = ["tiny", "tiny@25", "tiny@fast"].map(|model| complete(&server, model));
+    assert_eq!(answers[2]["model"], "tiny@fast");
+    let texts = answers.map(|a| a["choices"][0]["text"].as_str().unwrap().to_string());
+    assert!(texts[0] != texts[1] && texts[1] != texts[2]);
+    assert_eq!(texts[0], Server::start(&[]).greedy("It was a dark night, and", 40));
+    for unknown in ["tiny@50", "other@25", "tiny@"] {
+        let refused = server.complete(&json!({"model": unknown, "prompt": "x"}));
+        assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (404, Some("model_not_found")));
+    }
+}
+
+#[test]
+fn a_form_that_drafts_leaves_the_answer_as_it_is() {
+    let files = tempfile::tempdir().unwrap();
+    let thin = format!("draft={}", pattern(files.path(), "a.json", &[5], &[3]).display());
+    let server = Server::start(&["--pattern", &thin, "--speculate", "draft", "--speculate-tokens", "3"]);
+    let plain = Server::start(&[]);
+    for prompt in ["It was a dark night, and", "Once upon a time", "The captain"] {
+        assert_eq!(server.greedy(prompt, 60), plain.greedy(prompt, 60));
+    }
+    let drafted = server.metric("vllm:spec_decode_num_draft_tokens_total");
+    let right = server.metric("vllm:spec_decode_num_accepted_tokens_total");
+    assert!(drafted > right && right > 0.0 && server.metric("vllm:spec_decode_num_drafts_total") > 0.0, "{drafted} drafted, {right} right");
+}
+
+#[test]
+fn forms_that_cannot_be_are_refused_at_the_start() {
+    let files = tempfile::tempdir().unwrap();
+    let good = pattern(files.path(), "a.json", &[5], &[3]).display().to_string();
+    let part = pattern(files.path(), "part.json", &[5], &[3]);
+    std::fs::write(&part, std::fs::read_to_string(&part).unwrap().replacen("384", "192", 1)).unwrap();
+    let fails = |arguments: &[&str]| {
+        let output = command().args(["serve", "--port", "0", "--admin-addr", "off", "--data-dir"]).arg(files.path().join("data")).args(arguments).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let named = |name: &str, file: &str| format!("{name}={file}");
+    assert!(fails(&["--pattern", &named("a", &good), "--pattern", &named("a", &good)]).contains("two forms have this name"));
+    assert!(fails(&["--pattern", &named("a", part.to_str().unwrap())]).contains("use a pattern of whole sub-blocks"));
+    assert!(fails(&["--pattern", &named("a", "nowhere.json")]).contains("nowhere.json"));
+    assert!(fails(&["--speculate", "b", "--pattern", &named("a", &good)]).contains("--speculate b: there is no such form"));
+    assert!(fails(&["--pattern", "no name"]).contains("FORM=FILE"));
+}
