@@ -78,6 +78,12 @@ impl Register {
         Ok(collector)
     }
 
+    /// Memory, processor time and open files under the names that every Prometheus client has.
+    #[cfg(target_os = "linux")]
+    fn add_process(&self) -> Result<(), Error> {
+        self.0.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+    }
+
     fn gauge(&self, name: &str, help: &str) -> Result<GaugeVec, Error> {
         self.add(GaugeVec::new(Opts::new(name, help), &MODEL)?)
     }
@@ -145,6 +151,8 @@ impl Metrics {
         };
         r.int_gauge("evop_build_info", "1; the version is a label.", &["version"])?.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         metrics.begin_at_zero();
+        #[cfg(target_os = "linux")]
+        r.add_process()?;
         Ok(metrics)
     }
 
