@@ -165,7 +165,9 @@ impl Metrics {
         for reason in ["stop", "length", "abort", "error"] {
             self.requests.with_label_values(&[&self.model_name, "0", reason]).reset();
         }
-        self.rejections.with_label_values(&[&self.model_name, "0", "queue_full"]).reset();
+        for reason in ["queue_full", "rate_limit"] {
+            self.rejections.with_label_values(&[&self.model_name, "0", reason]).reset();
+        }
         for counter in [&self.prompt_tokens, &self.generation_tokens, &self.preemptions, &self.prefix_queries, &self.prefix_hits] {
             counter.with_label_values(&self.labels()).reset();
         }
@@ -227,9 +229,9 @@ impl Metrics {
         self.http_requests.with_label_values(&[path, &status.to_string()]).inc();
     }
 
-    /// A request that was refused because the queue is full.
-    pub fn rejected(&self) {
-        self.rejections.with_label_values(&[self.model_name.as_str(), "0", "queue_full"]).inc();
+    /// A request that was refused: `queue_full` or `rate_limit`.
+    pub fn rejected(&self, reason: &str) {
+        self.rejections.with_label_values(&[self.model_name.as_str(), "0", reason]).inc();
     }
 
     /// A model was put into service.

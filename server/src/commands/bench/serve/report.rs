@@ -101,7 +101,7 @@ impl LevelReport {
     /// The table's head.
     pub fn print_head() {
         println!("{:>12}{:>10}{:>10}{:>10}{:>27}{:>27}{:>27}{:>9}{:>8}", "", "", "", "", "first token, ms", "between tokens, ms", "whole answer, ms", "", "");
-        let three = || println_columns(["p50", "p95", "p99"].map(String::from));
+        let three = || print_columns(&["p50", "p95", "p99"].map(String::from));
         print!("{:>12}{:>10}{:>10}{:>10}", "load", "complete", "req/s", "tokens/s");
         (0..3).for_each(|_| three());
         println!("{:>9}{:>8}", "refused", "errors");
@@ -115,7 +115,7 @@ impl LevelReport {
         };
         print!("{load:>12}{:>10}{:>10.2}{:>10.1}", self.complete, self.requests_per_second, self.output_tokens_per_second);
         for times in [self.time_to_first_token, self.inter_token_latency, self.end_to_end] {
-            println_columns(times.map_or_else(|| ["-", "-", "-"].map(String::from), |t| [t.p50, t.p95, t.p99].map(|ms| format!("{ms:.1}"))));
+            print_columns(&times.map_or_else(|| ["-", "-", "-"].map(String::from), |t| [t.p50, t.p95, t.p99].map(|ms| format!("{ms:.1}"))));
         }
         println!("{:>9}{:>8}", self.refused, self.errors.values().sum::<usize>());
         let planned = [(self.hung_up, "hung up"), (self.half_bodies, "left half a body"), (self.slow_readers, "read slowly")];
@@ -129,7 +129,7 @@ impl LevelReport {
     }
 }
 
-fn println_columns(columns: [String; 3]) {
+fn print_columns(columns: &[String; 3]) {
     columns.iter().for_each(|column| print!("{column:>9}"));
 }
 

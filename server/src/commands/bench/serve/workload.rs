@@ -169,7 +169,7 @@ mod tests {
         assert_eq!((&a.body, a.behaviour), (&b.body, b.behaviour));
         assert_ne!(a.body, workload.request(0, 4).body);
         assert_ne!(a.body, workload.request(1, 3).body, "levels don't find each other's prompts in the prefix cache");
-        assert_ne!(a.body, Workload { seed: 8, ..workload.clone() }.request(0, 3).body);
+        assert_ne!(a.body, Workload { seed: 8, ..workload }.request(0, 3).body);
         let body: Value = serde_json::from_str(&a.body).unwrap();
         assert_eq!((body["prompt"].as_array().unwrap().len(), &body["max_tokens"]), (5, &json!(9)));
     }
