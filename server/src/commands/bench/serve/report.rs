@@ -100,7 +100,7 @@ impl LevelReport {
 
     /// The table's head.
     pub fn print_head() {
-        println!("{:>12}{:>10}{:>10}{:>10}{:>27}{:>27}{:>27}{:>9}{:>8}", "", "", "", "", "first token, ms", "between tokens, ms", "whole answer, ms", "", "");
+        println!("{:>42}{:>27}{:>27}{:>27}", "", "first token, ms", "between tokens, ms", "whole answer, ms");
         let three = || print_columns(&["p50", "p95", "p99"].map(String::from));
         print!("{:>12}{:>10}{:>10}{:>10}", "load", "complete", "req/s", "tokens/s");
         (0..3).for_each(|_| three());
