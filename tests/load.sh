@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 seconds=${1:-300}
 clients=${2:-256}
-warm_up=${WARM_UP:-$((seconds / 3 < 20 ? 20 : seconds / 3))}
+warm_up=${WARM_UP:-$((seconds / 3 < 30 ? 30 : seconds / 3))}
 evop=${EVOP:-target/release/evop}
 # more would hide what a load leaves behind
 allowed_growth=1.02
@@ -22,7 +22,9 @@ finish() {
 }
 trap finish EXIT
 
+# (blocks are taken from the system when they are first used: a small pool has been used up when the warm-up ends)
 env -u EVOP_MODEL "$evop" serve --port 0 --admin-addr off --data-dir "$directory" --log warn --max-queue 64 --max-concurrent 32 \
+  --kv-memory 48MiB \
   >"$directory/out" 2>"$directory/log" &
 server=$!
 until grep -q address "$directory/out" 2>/dev/null; do
