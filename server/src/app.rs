@@ -4,6 +4,7 @@ use crate::admin::Admin;
 use crate::auth::Keys;
 use crate::config::ServeConfig;
 use crate::metrics::Metrics;
+use crate::rate_limit::RateLimits;
 use crate::served::Served;
 use crate::serving_slot::ServingSlot;
 use crate::shutdown::Shutdown;
@@ -26,6 +27,8 @@ pub struct App {
     pub shutdown: Shutdown,
     /// Keys of the public API.
     pub api_keys: Arc<Keys>,
+    /// What each of them may use.
+    pub rate_limits: RateLimits,
     /// Jobs and models.
     pub admin: Admin,
     names: Vec<String>,
@@ -34,7 +37,8 @@ pub struct App {
 impl App {
     /// A server without a model yet. `names` has at least one.
     pub fn new(config: ServeConfig, names: Vec<String>, metrics: Metrics, shutdown: Shutdown, api_keys: Keys, admin: Admin) -> Self {
-        Self { config, slot: ServingSlot::default(), metrics, shutdown, api_keys: Arc::new(api_keys), admin, names }
+        let rate_limits = RateLimits::new(config.rate_limit, config.token_rate_limit);
+        Self { rate_limits, config, slot: ServingSlot::default(), metrics, shutdown, api_keys: Arc::new(api_keys), admin, names }
     }
 
     /// The names that clients ask for; they always mean the model that is served.

@@ -12,10 +12,13 @@ use std::path::Path;
 use std::sync::Arc;
 use subtle::{Choice, ConstantTimeEq};
 
+/// What is kept of a key.
+pub type KeyDigest = [u8; 32];
+
 /// The keys that one listener accepts. Only their digests are kept: equal lengths to compare, and nothing to leak.
 #[derive(Debug, Clone)]
 pub struct Keys {
-    digests: Vec<[u8; 32]>,
+    digests: Vec<KeyDigest>,
     /// What the key is called in messages.
     what: &'static str,
 }
@@ -43,6 +46,11 @@ impl Keys {
         self.digests.is_empty()
     }
 
+    /// Whose request it is, of one that [`Self::check`] let through; everyone is the same where no key is needed.
+    pub fn owner(&self, headers: &HeaderMap) -> KeyDigest {
+        if self.is_open() { KeyDigest::default() } else { bearer(headers).unwrap_or_default() }
+    }
+
     /// Looks at the `Authorization: Bearer` header.
     ///
     /// # Errors
@@ -51,23 +59,27 @@ impl Keys {
         if self.is_open() {
             return Ok(());
         }
-        let value = headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
-        let token = value.and_then(|v| v.split_first_chunk::<7>()).filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"bearer ")).map(|(_, token)| token);
-        let Some(token) = token else {
+        let Some(found) = bearer(headers) else {
             return Err(ApiError::unauthorized(format!("an {} is needed: send it as \"Authorization: Bearer KEY\"", self.what)));
         };
-        let found = digest_bytes(token.trim_ascii());
         // all keys are compared, whichever fits
         let known = self.digests.iter().fold(Choice::from(0), |known, key| known | key.ct_eq(&found));
         if bool::from(known) { Ok(()) } else { Err(ApiError::unauthorized(format!("this {} is not known", self.what))) }
     }
 }
 
-fn digest(key: &str) -> [u8; 32] {
+/// The key of an `Authorization: Bearer` header.
+fn bearer(headers: &HeaderMap) -> Option<KeyDigest> {
+    let value = headers.get(header::AUTHORIZATION)?.as_bytes();
+    let (_, token) = value.split_first_chunk::<7>().filter(|(scheme, _)| scheme.eq_ignore_ascii_case(b"bearer "))?;
+    Some(digest_bytes(token.trim_ascii()))
+}
+
+fn digest(key: &str) -> KeyDigest {
     digest_bytes(key.as_bytes())
 }
 
-fn digest_bytes(key: &[u8]) -> [u8; 32] {
+fn digest_bytes(key: &[u8]) -> KeyDigest {
     Sha256::digest(key).into()
 }
 

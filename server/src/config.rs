@@ -72,6 +72,9 @@ pub struct ServeConfig {
     /// Log filter, for example "info" or "info,evop_serving=debug". Logs are JSON when stderr is not a terminal.
     #[arg(long, env = "EVOP_LOG", value_name = "FILTER", default_value = "info", help_heading = "Operation")]
     pub log: String,
+    /// An OpenTelemetry collector (OTLP over HTTP, for example http://localhost:4318) that gets a span of every request. [default: none]
+    #[arg(long, env = "EVOP_OTLP_ENDPOINT", value_name = "URL", help_heading = "Operation")]
+    pub otlp_endpoint: Option<String>,
 
     /// Requests that may wait before the server answers 429.
     #[arg(long, env = "EVOP_MAX_QUEUE", value_name = "N", default_value_t = 256, help_heading = "Limits")]
@@ -82,9 +85,27 @@ pub struct ServeConfig {
     /// Tokens of one forward pass. [default: the engine's own]
     #[arg(long, env = "EVOP_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = at_least_one, help_heading = "Limits")]
     pub max_batch_tokens: Option<usize>,
+    /// How many times as long as without prompts a step may take while answers stream: prompts are read in chunks that small. 0 = chunks of --max-batch-tokens, which reads prompts fastest and makes answers wait for them.
+    #[arg(long, env = "EVOP_DECODE_SLOWDOWN", value_name = "FACTOR", default_value_t = 2.0, value_parser = slowdown, help_heading = "Limits")]
+    pub decode_slowdown: f64,
     /// Memory for keys and values, for example 2GiB, taken from the system as it is used; prompts that begin alike share it. [default: what the concurrent sequences need, at most a quarter of what is free]
     #[arg(long, env = "EVOP_KV_MEMORY", value_name = "SIZE", help_heading = "Limits")]
     pub kv_memory: Option<ByteSize>,
+    /// Requests a minute that one API key may send; without keys, all clients together. [default: no limit]
+    #[arg(long, env = "EVOP_RATE_LIMIT", value_name = "REQUESTS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub rate_limit: Option<u32>,
+    /// Tokens a minute, of prompts and answers, that one API key may use; without keys, all clients together. [default: no limit]
+    #[arg(long, env = "EVOP_TOKEN_RATE_LIMIT", value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
+    pub token_rate_limit: Option<u32>,
+    /// Seconds for a request's head to arrive, and so for a connection to be idle; more than the idle timeout of a proxy before the server.
+    #[arg(long, env = "EVOP_HEAD_TIMEOUT", value_name = "SECONDS", default_value_t = 90, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Limits")]
+    pub head_timeout: u64,
+    /// Seconds for a request's body to arrive.
+    #[arg(long, env = "EVOP_BODY_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Limits")]
+    pub body_timeout: u64,
+    /// Seconds that a client may go without taking any byte of its answer.
+    #[arg(long, env = "EVOP_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Limits")]
+    pub write_timeout: u64,
     /// Seconds that one request may take; 0 = no limit.
     #[arg(long, env = "EVOP_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 300, help_heading = "Limits")]
     pub request_timeout: u64,
@@ -97,6 +118,11 @@ impl ServeConfig {
     /// Longest that a request may take.
     pub fn request_timeout(&self) -> Option<Duration> {
         (self.request_timeout > 0).then(|| Duration::from_secs(self.request_timeout))
+    }
+
+    /// How much longer a step may take with prompts than without.
+    pub fn decode_slowdown(&self) -> Option<f64> {
+        (self.decode_slowdown > 0.0).then_some(self.decode_slowdown)
     }
 
     /// The data directory that was given, or the platform's place for one.
@@ -223,6 +249,10 @@ impl fmt::Debug for Secret {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("expected a whole number of at least 1, found {text:?}"))
+}
+
+fn slowdown(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|f: &f64| *f == 0.0 || *f > 1.0 && f.is_finite()).ok_or_else(|| format!("expected a factor of more than 1, or 0, found {text:?}"))
 }
 
 /// `EVOP_X=""` is what a template leaves that has no value to put there: it means "not given".

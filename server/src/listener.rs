@@ -1,6 +1,7 @@
-//! Accepts connections and serves them until the server drains. What `axum::serve` does, with a limit on how long a request's head may
-//! take: otherwise anyone could hold connections by sending nothing.
+//! Accepts connections and serves them until the server drains. What `axum::serve` does, with limits on how long a request's head may
+//! take and a client may go without reading: otherwise anyone could hold connections by doing nothing.
 
+use crate::config::ServeConfig;
 use crate::shutdown::Shutdown;
 use axum::Router;
 use hyper::server::conn::http1;
@@ -10,19 +11,34 @@ use hyper_util::service::TowerToHyperService;
 use std::io;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
+use tokio_io_timeout::TimeoutStream;
 
-/// For a request's head to arrive, and so for a connection to be idle between two requests. More than the idle timeout of the usual
-/// proxies, which would else send a request into a connection that closes.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(90);
 /// After an accept that failed for want of file descriptors or memory.
 const BREATHER: Duration = Duration::from_millis(200);
 
+/// How long a connection may do nothing.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// For a request's head to arrive, and so for a connection to be idle between two requests. More than the idle timeout of the usual
+    /// proxies, which would else send a request into a connection that closes.
+    head: Duration,
+    /// For the client to take at least one byte of what waits for it.
+    write: Duration,
+}
+
+impl Timeouts {
+    /// As the server was told.
+    pub fn new(config: &ServeConfig) -> Self {
+        Self { head: Duration::from_secs(config.head_timeout), write: Duration::from_secs(config.write_timeout) }
+    }
+}
+
 /// Serves `router` until the server drains, then waits for the connections that still have a request to finish.
-pub async fn serve(listener: TcpListener, router: Router, shutdown: Shutdown) {
+pub async fn serve(listener: TcpListener, router: Router, shutdown: Shutdown, timeouts: Timeouts) {
     let connections = GracefulShutdown::new();
     let service = TowerToHyperService::new(router);
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    builder.timer(TokioTimer::new()).header_read_timeout(timeouts.head);
     loop {
         let stream = tokio::select! {
             accepted = accept(&listener) => accepted,
@@ -30,7 +46,9 @@ pub async fn serve(listener: TcpListener, router: Router, shutdown: Shutdown) {
         };
         // small chunks of a stream should leave at once; a connection that can't be told so still works
         let _ = stream.set_nodelay(true);
-        let connection = connections.watch(builder.serve_connection(TokioIo::new(stream), service.clone()));
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(timeouts.write));
+        let connection = connections.watch(builder.serve_connection(TokioIo::new(Box::pin(stream)), service.clone()));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 // mostly clients that left

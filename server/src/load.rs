@@ -135,6 +135,7 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
         max_concurrent: config.max_concurrent,
         max_queue: config.max_queue,
         max_batch_tokens: config.max_batch_tokens.unwrap_or(default.max_batch_tokens.max(config.max_concurrent)),
+        decode_slowdown: config.decode_slowdown(),
         max_model_len,
         kv_budget_bytes,
         speculation: None,

@@ -18,11 +18,13 @@ mod metrics;
 mod models;
 mod openai;
 mod operations;
+mod rate_limit;
 mod request_id;
 mod router;
 mod served;
 mod serving_slot;
 mod shutdown;
+mod traces;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;

@@ -81,6 +81,12 @@ impl Register {
         Ok(collector)
     }
 
+    /// Memory, processor time and open files under the names that every Prometheus client has.
+    #[cfg(target_os = "linux")]
+    fn add_process(&self) -> Result<(), Error> {
+        self.0.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+    }
+
     fn gauge(&self, name: &str, help: &str) -> Result<GaugeVec, Error> {
         self.add(GaugeVec::new(Opts::new(name, help), &MODEL)?)
     }
@@ -151,6 +157,8 @@ impl Metrics {
         };
         r.int_gauge("evop_build_info", "1; the version is a label.", &["version"])?.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         metrics.begin_at_zero();
+        #[cfg(target_os = "linux")]
+        r.add_process()?;
         Ok(metrics)
     }
 
@@ -163,7 +171,9 @@ impl Metrics {
         for reason in ["stop", "length", "abort", "error"] {
             self.requests.with_label_values(&[&self.model_name, "0", reason]).reset();
         }
-        self.rejections.with_label_values(&[&self.model_name, "0", "queue_full"]).reset();
+        for reason in ["queue_full", "rate_limit"] {
+            self.rejections.with_label_values(&[&self.model_name, "0", reason]).reset();
+        }
         let Self { prompt_tokens, generation_tokens, preemptions, prefix_queries, prefix_hits, drafts, draft_tokens, accepted_tokens, .. } = self;
         for counter in [prompt_tokens, generation_tokens, preemptions, prefix_queries, prefix_hits, drafts, draft_tokens, accepted_tokens] {
             counter.with_label_values(&self.labels()).reset();
@@ -229,9 +239,9 @@ impl Metrics {
         self.http_requests.with_label_values(&[path, &status.to_string()]).inc();
     }
 
-    /// A request that was refused because the queue is full.
-    pub fn rejected(&self) {
-        self.rejections.with_label_values(&[self.model_name.as_str(), "0", "queue_full"]).inc();
+    /// A request that was refused: `queue_full` or `rate_limit`.
+    pub fn rejected(&self, reason: &str) {
+        self.rejections.with_label_values(&[self.model_name.as_str(), "0", reason]).inc();
     }
 
     /// A model was put into service.

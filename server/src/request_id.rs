@@ -1,6 +1,7 @@
 //! `x-request-id`: taken or made, put into every log line and into the answer; and what every answer is counted and logged by.
 
 use crate::app::App;
+use crate::traces::{TARGET, continue_trace};
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Method};
@@ -11,6 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 use tracing::Instrument;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 const HEADER: HeaderName = HeaderName::from_static("x-request-id");
 /// Longer ids are replaced.
@@ -50,12 +52,20 @@ pub async fn observe(State(app): State<Arc<App>>, mut request: Request, next: Ne
     let route = request.extensions().get::<MatchedPath>().map_or_else(|| "other".into(), |path| path.as_str().to_string());
     // probes, scrapes and those who wait for a job come every few seconds
     let polled = request.method() == Method::GET;
-    let span = tracing::info_span!("request", request_id = %id, method = %request.method(), path = request.uri().path());
+    let method = request.method();
+    let span = if polled {
+        tracing::info_span!("request", request_id = %id, %method, path = request.uri().path())
+    } else {
+        tracing::info_span!(target: TARGET, "request", request_id = %id, %method, path = request.uri().path())
+    };
+    span.set_attribute("http.route", route.clone());
+    continue_trace(&span, request.headers());
     request.extensions_mut().insert(id.clone());
     let mut response = next.run(request).instrument(span.clone()).await;
     let status = response.status().as_u16();
     app.metrics.http_request(&route, status);
     let milliseconds = start.elapsed().as_secs_f64() * 1e3;
+    span.set_attribute("http.response.status_code", i64::from(status));
     span.in_scope(|| {
         if !polled || status >= 400 && status != 503 {
             tracing::info!(status, milliseconds, "answered");

@@ -6,6 +6,7 @@ use crate::auth::{Keys, require_key};
 use crate::openai::errors::ApiError;
 use crate::openai::{chat, completions, models, tokenize};
 use crate::operations;
+use crate::rate_limit::limit_rate;
 use crate::request_id::observe;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -26,6 +27,7 @@ pub fn public(app: &Arc<App>) -> Router {
         .route("/v1/models/{*id}", get(models::get))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
+        .route_layer(from_fn_with_state(Arc::clone(app), limit_rate))
         .route_layer(from_fn_with_state(Arc::clone(&app.api_keys), require_key));
     finished(app, api.merge(probes()))
 }

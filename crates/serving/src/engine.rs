@@ -24,7 +24,7 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const DEFAULT_KV_BUDGET_BYTES: usize = 4 << 30;
 
 /// The engine's limits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EngineConfig {
     /// Sequences (choices) in a step.
     pub max_concurrent: usize,
@@ -32,6 +32,9 @@ pub struct EngineConfig {
     pub max_queue: usize,
     /// Tokens of one step: longer prompts are read in chunks. At least `max_concurrent`.
     pub max_batch_tokens: usize,
+    /// What a step may take while sequences decode, in multiples of what it takes without prompts; more than 1. Prompts are read in chunks that
+    /// small, so that a long one doesn't make everyone wait. `None` = in chunks of `max_batch_tokens`, which reads them fastest.
+    pub decode_slowdown: Option<f64>,
     /// Tokens of prompt and answer together.
     pub max_model_len: usize,
     /// Bytes of key/value cache, in blocks of 32 tokens. Sequences take blocks as they grow; when there are none left, who came last gives way.
@@ -41,13 +44,13 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// 32 sequences, 256 waiting, 512 tokens a step, the model's whole context, and memory for all of that up to 4 GiB.
+    /// 32 sequences, 256 waiting, 512 tokens a step, twice as long a step with prompts as without, the model's whole context, and memory for all of that up to 4 GiB.
     pub fn for_decoder(decoder: &Decoder) -> Self {
         let max_model_len = decoder.config().max_position_embeddings;
         let max_concurrent = 32;
         let one = max_model_len * kv_bytes_per_token(decoder);
         let kv_budget_bytes = (max_concurrent * one).min(DEFAULT_KV_BUDGET_BYTES).max(one);
-        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, max_model_len, kv_budget_bytes, speculation: None }
+        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, decode_slowdown: Some(2.0), max_model_len, kv_budget_bytes, speculation: None }
     }
 
     fn validate(&self, members: usize) -> Result<(), Error> {
@@ -62,6 +65,9 @@ impl EngineConfig {
         }
         if max_concurrent == 0 || max_model_len == 0 {
             return Err(Error::Config("max_concurrent and max_model_len: expected at least 1, found 0".into()));
+        }
+        if let Some(wrong) = self.decode_slowdown.filter(|s| !(*s > 1.0 && s.is_finite())) {
+            return Err(Error::Config(format!("decode_slowdown: expected more than 1, found {wrong}")));
         }
         if max_batch_tokens < max_concurrent {
             return Err(Error::Config(format!(
@@ -133,8 +139,8 @@ impl Engine {
     fn spawn(runner: ModelRunner, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
         let decoder = runner.decoder();
         let (vocab_size, block_bytes) = (decoder.config().vocab_size, KvPool::bytes_per_block(decoder.config(), decoder.dtype()));
-        let EngineConfig { max_concurrent, max_batch_tokens, .. } = config;
-        let scheduler = Scheduler::new(Limits { max_concurrent, max_batch_tokens }, runner.blocks());
+        let EngineConfig { max_concurrent, max_batch_tokens, decode_slowdown, .. } = config;
+        let scheduler = Scheduler::new(Limits { max_concurrent, max_batch_tokens, decode_slowdown }, runner.blocks());
         let shared = Arc::new(Shared::new(runner.blocks(), block_bytes));
         let (sender, commands) = mpsc::channel();
         let (news, ended) = watch::channel(());
@@ -194,17 +200,21 @@ impl Engine {
         self.finish_withdrawn(&stopped, &FinishReason::Stop);
         let mut drafts = None;
         let drafting = &mut self.drafting;
-        let scheduled = self.scheduler.schedule(|sequences| {
+        let step = self.scheduler.schedule(|sequences| {
             drafts = drafting.as_mut().map(|drafting| (sequences, drafting.choose(sequences)));
             drafts.map_or(0, |(_, drafts)| drafts)
         });
         self.publish();
-        if scheduled == 0 {
+        if step.is_empty() {
             return;
         }
-        let start = Instant::now();
+        let began = Instant::now();
         self.compute();
-        let elapsed = start.elapsed();
+        let elapsed = began.elapsed();
+        // (drafting makes a step longer, and is no reason to think that decoding is slow)
+        if drafts.is_none_or(|(_, drafts)| drafts == 0) {
+            self.scheduler.pace.observe(step.decoding, step.prompt_tokens, elapsed);
+        }
         let made = self.emit();
         if let (Some(drafting), Some((sequences, drafts))) = (&mut self.drafting, drafts) {
             drafting.observe(sequences, drafts, made, elapsed);
@@ -402,8 +412,17 @@ mod tests {
 
     #[test]
     fn contradicting_limits_are_refused() {
-        let config = EngineConfig { max_concurrent: 4, max_queue: 1, max_batch_tokens: 3, max_model_len: 8, kv_budget_bytes: 0, speculation: None };
+        let config = EngineConfig {
+            max_concurrent: 4,
+            max_queue: 1,
+            max_batch_tokens: 3,
+            decode_slowdown: None,
+            max_model_len: 8,
+            kv_budget_bytes: 0,
+            speculation: None,
+        };
         assert!(config.validate(1).unwrap_err().to_string().starts_with("max_batch_tokens"));
         assert!(EngineConfig { max_concurrent: 0, ..config }.validate(1).is_err());
+        assert!(EngineConfig { max_batch_tokens: 4, decode_slowdown: Some(1.0), ..config }.validate(1).is_err());
     }
 }

@@ -35,6 +35,7 @@ mod jinja;
 mod logprobs;
 mod model_runner;
 mod output;
+mod pace;
 mod params;
 mod python;
 mod sampler;

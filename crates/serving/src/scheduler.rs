@@ -5,6 +5,7 @@
 
 use crate::blocks::Blocks;
 use crate::output::{FinishReason, OutputKind, StepOutput, Usage};
+use crate::pace::Pace;
 use crate::sequence::{Sequence, SequenceGroup};
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -17,6 +18,22 @@ use tokio::sync::mpsc::UnboundedSender;
 pub(crate) struct Limits {
     pub max_concurrent: usize,
     pub max_batch_tokens: usize,
+    pub decode_slowdown: Option<f64>,
+}
+
+/// What a step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Step {
+    /// Sequences that decode: a token each.
+    pub decoding: usize,
+    /// Tokens of prompts, and of sequences that gave their blocks back.
+    pub prompt_tokens: usize,
+}
+
+impl Step {
+    pub fn is_empty(self) -> bool {
+        self.decoding + self.prompt_tokens == 0
+    }
 }
 
 /// A group of which choices `next..n` have no place yet.
@@ -38,6 +55,7 @@ pub(crate) struct Scheduler {
     preempted: VecDeque<Sequence>,
     pub running: Vec<Sequence>,
     pub blocks: Blocks,
+    pub pace: Pace,
     tickets: u64,
     /// Requests that left the queue since [`Self::take_left_queue`].
     left_queue: usize,
@@ -56,6 +74,7 @@ impl Scheduler {
             preempted: VecDeque::new(),
             running: Vec::new(),
             blocks: Blocks::new(blocks),
+            pace: Pace::new(limits.decode_slowdown),
             tickets: 0,
             left_queue: 0,
             preemptions: 0,
@@ -157,9 +176,9 @@ impl Scheduler {
     }
 
     /// Plans a step: [`Self::share_out`], and where every sequence decodes so many drafts for each, as far as there are blocks. `drafts` is told how many
-    /// sequences there are. Returns the step's tokens without drafts.
-    pub fn schedule(&mut self, drafts: impl FnOnce(usize) -> usize) -> usize {
-        let scheduled = self.share_out();
+    /// sequences there are. Returns the step without drafts.
+    pub fn schedule(&mut self, drafts: impl FnOnce(usize) -> usize) -> Step {
+        let step = self.share_out();
         let decoding = self.running.iter().filter(|s| s.may_draft() > 0).count();
         if decoding > 0 && self.running.iter().all(|s| s.scheduled == 1 && s.is_decoding()) {
             let drafts = drafts(decoding);
@@ -174,15 +193,18 @@ impl Scheduler {
                 }
             }
         }
-        scheduled
+        step
     }
 
-    /// Shares out the step's tokens: one to each decoding sequence, the rest to prompts in order of arrival, each with the blocks that it needs.
-    /// Returns their number.
-    fn share_out(&mut self) -> usize {
+    /// Shares out the step's tokens: one to each decoding sequence, then to prompts in order of arrival, each with the blocks that it needs. Beside
+    /// decoding sequences prompts get what the pace allows, so that those don't wait long for their tokens.
+    fn share_out(&mut self) -> Step {
         let mut budget = self.limits.max_batch_tokens;
         self.running.iter_mut().for_each(|s| (s.scheduled, s.drafting) = (0, 0));
         for decoding in [true, false] {
+            if !decoding && self.step().decoding > 0 {
+                budget = self.pace.prompt_tokens(budget);
+            }
             let mut at = 0;
             while at < self.running.len() && budget > 0 {
                 let sequence = &self.running[at];
@@ -198,7 +220,13 @@ impl Scheduler {
                 at += 1;
             }
         }
-        self.running.iter().map(|s| s.scheduled).sum()
+        self.step()
+    }
+
+    /// What has been scheduled.
+    fn step(&self) -> Step {
+        let tokens = |decoding: bool| self.running.iter().filter(|s| s.is_decoding() == decoding).map(|s| s.scheduled).sum();
+        Step { decoding: tokens(true), prompt_tokens: tokens(false) }
     }
 
     /// Gets the blocks for so many more tokens of the `at`-th running sequence, at the cost of those that came later, in the end its own place.
@@ -257,9 +285,10 @@ mod tests {
     use super::*;
     use crate::params::{Request, SamplingParams};
     use crate::sampler::Sampled;
+    use std::time::Duration;
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-    const LIMITS: Limits = Limits { max_concurrent: 3, max_batch_tokens: 8 };
+    const LIMITS: Limits = Limits { max_concurrent: 3, max_batch_tokens: 8, decode_slowdown: None };
 
     fn submit(scheduler: &mut Scheduler, prompt: Vec<u32>, max_tokens: usize, n: usize) -> UnboundedReceiver<StepOutput> {
         let params = SamplingParams { max_tokens, ..SamplingParams::default() };
@@ -280,7 +309,7 @@ mod tests {
         let scheduled = scheduler.running.iter().map(|s| s.scheduled).collect();
         let Scheduler { running, blocks, .. } = scheduler;
         for sequence in running.iter_mut().filter(|s| s.scheduled > 0) {
-            sequence.sampled = sequence.samples().then(|| Ok(Sampled { id: 7, logprobs: None, completes: false })).into_iter().collect();
+            sequence.sampled = sequence.samples().then_some(Ok(Sampled { id: 7, logprobs: None, completes: false })).into_iter().collect();
             sequence.advance(&[]);
             sequence.name_blocks(blocks);
         }
@@ -297,6 +326,22 @@ mod tests {
         assert_eq!(step(&mut scheduler), [1, 7, 0]);
         assert_eq!(step(&mut scheduler), [1, 2, 2]);
         assert_eq!(step(&mut scheduler), [1, 1, 1]);
+    }
+
+    #[test]
+    fn beside_decoding_sequences_a_prompt_gets_what_the_pace_allows() {
+        let limits = Limits { max_batch_tokens: 500, decode_slowdown: Some(2.0), ..LIMITS };
+        let mut scheduler = Scheduler::new(limits, 100);
+        let _receivers = [10, 400].map(|n| submit(&mut scheduler, vec![1; n], 9, 1));
+        scheduler.limits.max_concurrent = 1;
+        assert_eq!(admit(&mut scheduler), 1);
+        assert_eq!(step(&mut scheduler), [10], "nobody decodes yet");
+        scheduler.limits.max_concurrent = 3;
+        assert_eq!(admit(&mut scheduler), 2);
+        assert_eq!(step(&mut scheduler), [1, 0], "a first step shows what decoding takes");
+        scheduler.pace.observe(1, 0, Duration::from_millis(20));
+        scheduler.pace.observe(0, 100, Duration::from_millis(100));
+        assert_eq!(scheduler.schedule(|_| 0), Step { decoding: 1, prompt_tokens: 20 });
     }
 
     #[test]

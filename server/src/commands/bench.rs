@@ -1,6 +1,7 @@
-//! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it, and how fast a search can run.
+//! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it; how fast a search can run; how a server bears load.
 
 mod search;
+mod serve;
 mod shape;
 
 use super::model_args::ModelArgs;
@@ -35,6 +36,8 @@ pub enum Bench {
     Prefill(PrefillArgs),
     /// Block-forwards a second, which a pruning search consists of, and their share of what the machine multiplies.
     Search(search::SearchArgs),
+    /// Requests a second and latencies of a server under load, how fair it is, and how it bears clients that misbehave.
+    Serve(Box<serve::ServeBenchArgs>),
 }
 
 /// What is measured.
@@ -130,6 +133,7 @@ pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
             speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), prefill)
         }
         Bench::Search(a) => search::run(a, threads),
+        Bench::Serve(a) => serve::run(a, threads),
     }
 }
 

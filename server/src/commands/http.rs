@@ -1,5 +1,6 @@
 //! The little HTTP that a command needs to talk to a server of its own: one request, one answer, no TLS.
 
+use crate::config::Secret;
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -13,14 +14,26 @@ const MOST_BYTES: u64 = 1 << 20;
 /// # Errors
 /// No server, none that speaks HTTP, or none that answers within `patience`.
 pub fn request(url: &str, json: Option<&str>, patience: Duration) -> Result<(u16, String)> {
+    let (method, body) = json.map_or(("GET", ""), |json| ("POST", json));
+    send(url, method, "", body, patience)
+}
+
+/// GETs a URL with a key: (status, body).
+///
+/// # Errors
+/// As [`request`].
+pub fn get(url: &str, key: Option<&Secret>, patience: Duration) -> Result<(u16, String)> {
+    send(url, "GET", &key.map_or_else(String::new, |key| format!("Authorization: Bearer {}\r\n", key.expose())), "", patience)
+}
+
+fn send(url: &str, method: &str, headers: &str, body: &str, patience: Duration) -> Result<(u16, String)> {
     let (address, path) = split(url)?;
     let mut stream = connect(&address, patience).with_context(|| format!("{url} can't be reached"))?;
     stream.set_read_timeout(Some(patience))?;
     stream.set_write_timeout(Some(patience))?;
-    let (method, body) = json.map_or(("GET", ""), |json| ("POST", json));
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n{headers}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )?;
     let mut answer = Vec::new();
@@ -31,7 +44,10 @@ pub fn request(url: &str, json: Option<&str>, patience: Duration) -> Result<(u16
 }
 
 /// `http://host:port/path` to `host:port` and `/path`.
-fn split(url: &str) -> Result<(String, String)> {
+///
+/// # Errors
+/// Another scheme than http.
+pub fn split(url: &str) -> Result<(String, String)> {
     let rest = url.strip_prefix("http://").with_context(|| format!("expected http://HOST:PORT/PATH, found {url:?}"))?;
     let (host, path) = rest.split_once('/').map_or((rest, String::from("/")), |(host, path)| (host, format!("/{path}")));
     let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());

@@ -1,6 +1,7 @@
 //! One module a subcommand, and what they share.
 
 pub mod bench;
+mod child_server;
 pub mod compare;
 pub mod compare_devices;
 pub mod eval;

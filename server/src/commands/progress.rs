@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use evop_pruning::calibration::CalibrationStep;
 use evop_pruning::run::Step;
 use evop_pruning::search::Progress;
+use indicatif::style::TemplateError;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle as BarStyle};
 use serde_json::{Value, json};
 use std::io::Write;
@@ -21,6 +22,18 @@ pub enum ProgressStyle {
     Json,
     /// Nothing.
     None,
+}
+
+const TEMPLATE: &str = "{prefix:<12} [{elapsed_precise}] {wide_bar} {pos}/{len} {msg}";
+
+/// A bar on standard error, where that is a terminal.
+///
+/// # Errors
+/// The template: a mistake in this file.
+pub fn bar() -> Result<ProgressBar, TemplateError> {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    bar.set_style(BarStyle::with_template(TEMPLATE)?);
+    Ok(bar)
 }
 
 /// Shows the steps of a run.
@@ -43,7 +56,7 @@ impl Display {
             ProgressStyle::Json | ProgressStyle::None => ProgressDrawTarget::hidden(),
         };
         let bar = ProgressBar::with_draw_target(None, target);
-        if let Ok(style) = BarStyle::with_template("{prefix:<12} [{elapsed_precise}] {wide_bar} {pos}/{len} {msg}") {
+        if let Ok(style) = BarStyle::with_template(TEMPLATE) {
             bar.set_style(style);
         }
         Self { json: style == ProgressStyle::Json, bar, phase: "", since: Instant::now(), rounds_at_start: 0, last_json: None }

@@ -1,6 +1,7 @@
 //! `evop quickstart`: prune the bundled model with EvoP, show what that did, serve the result and ask it something.
 
 use super::bench;
+use super::child_server::ChildServer;
 use super::http;
 use super::model_args::ModelArgs;
 use super::progress::{Display, ProgressStyle};
@@ -14,8 +15,7 @@ use evop_model::{Checkpoint, Decoder};
 use evop_pruning::run;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Options of `evop quickstart`.
 #[derive(Debug, Clone, Args)]
@@ -50,15 +50,15 @@ pub fn run(args: &QuickstartArgs) -> Result<()> {
     let (dense, pruned) = speeds(&args.out)?;
     println!("\ndecode, one sequence, medians of {ROUNDS}: dense {dense:.0} tokens/s, pruned {pruned:.0} tokens/s ({:.2}x)", pruned / dense);
 
-    let server = Server::start(&args.out, args.port)?;
+    let server = serve(&args.out, args.port)?;
     let body = serde_json::json!({ "model": "evop-tiny-pruned", "prompt": PROMPT, "max_tokens": 40, "temperature": 0.7, "seed": 3 }).to_string();
-    let (status, answer) = http::request(&format!("{}/v1/completions", server.url), Some(&body), Duration::from_secs(60))?;
+    let (status, answer) = http::request(&format!("{}/v1/completions", server.url()), Some(&body), Duration::from_secs(60))?;
     let answer: serde_json::Value = serde_json::from_str(&answer).with_context(|| format!("the server answered {status}: {answer}"))?;
     let text = answer["choices"][0]["text"].as_str().with_context(|| format!("the server answered {status}: {answer}"))?;
     let (bold, plain) = if std::io::stdout().is_terminal() { ("\x1b[1m", "\x1b[0m") } else { ("", "") };
     println!(
         "\n{PROMPT}{bold}{text}{plain}\n\nThe pruned model is served at {0}. Ask it yourself:\n\n  curl {0}/v1/completions -H 'content-type: application/json' -d '{body}'\n",
-        server.url
+        server.url()
     );
     if args.exit {
         return Ok(());
@@ -96,45 +96,13 @@ fn speeds(pruned: &Path) -> Result<(f64, f64)> {
     Ok((median(a), median(b)))
 }
 
-/// `evop serve` as a child; it ends when this does.
-struct Server {
-    child: Child,
-    url: String,
-}
-
-impl Server {
-    fn start(model: &Path, port: u16) -> Result<Self> {
-        let url = format!("http://127.0.0.1:{port}");
-        if http::request(&format!("{url}/health"), None, Duration::from_millis(500)).is_ok() {
-            bail!("port {port} is taken by another server: choose one with --port");
-        }
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["serve", "--host", "127.0.0.1", "--admin-addr", "off", "--log", "warn", "--served-model-name", "evop-tiny-pruned"]);
+/// Serves the pruned model.
+fn serve(model: &Path, port: u16) -> Result<ChildServer> {
+    if http::request(&format!("http://127.0.0.1:{port}/health"), None, Duration::from_millis(500)).is_ok() {
+        bail!("port {port} is taken by another server: choose one with --port");
+    }
+    ChildServer::start(|command| {
+        command.args(["--host", "127.0.0.1", "--admin-addr", "off", "--log", "warn", "--served-model-name", "evop-tiny-pruned"]);
         command.arg("--port").arg(port.to_string()).arg("--model").arg(model).arg("--data-dir").arg(model.join("server-data"));
-        let child = command.spawn().context("evop serve can't be started")?;
-        let mut server = Self { child, url };
-        let started = Instant::now();
-        while !matches!(http::request(&format!("{}/ready", server.url), None, Duration::from_secs(1)), Ok((200, _))) {
-            if let Some(status) = server.child.try_wait()? {
-                bail!("evop serve ended at once ({status})");
-            }
-            if started.elapsed() > Duration::from_secs(60) {
-                bail!("evop serve was not ready within a minute");
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        Ok(server)
-    }
-
-    fn wait(mut self) -> Result<()> {
-        self.child.wait()?;
-        Ok(())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+    })
 }

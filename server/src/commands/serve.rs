@@ -5,6 +5,7 @@ use crate::app::App;
 use crate::auth::Keys;
 use crate::config::ServeConfig;
 use crate::data_dir::DataDir;
+use crate::listener::Timeouts;
 use crate::metrics::Metrics;
 use crate::models::ModelSource;
 use crate::shutdown::{Shutdown, on_signals};
@@ -24,11 +25,14 @@ const LAST_MOMENTS: Duration = Duration::from_secs(2);
 /// # Errors
 /// Anything that keeps the server from serving.
 pub fn run(config: ServeConfig, threads: usize) -> Result<()> {
-    logging::init(&config.log)?;
+    let traces = logging::init(&config.log, config.otlp_endpoint.as_deref())?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(threads.clamp(1, 4)).enable_all().build().context("the runtime can't be started")?;
     let result = runtime.block_on(serve(config, threads));
     runtime.shutdown_timeout(LAST_MOMENTS);
+    if let Some(traces) = traces {
+        traces.end();
+    }
     result
 }
 
@@ -48,11 +52,12 @@ async fn serve(config: ServeConfig, threads: usize) -> Result<()> {
     let app = Arc::new(App::new(config, names, metrics, shutdown.clone(), api_keys, admin_state));
 
     announce("evop", &public)?;
-    let public = tokio::spawn(listener::serve(public, router::public(&app), shutdown.clone()));
+    let timeouts = Timeouts::new(&app.config);
+    let public = tokio::spawn(listener::serve(public, router::public(&app), shutdown.clone(), timeouts));
     let admin = match admin {
         Some(admin) => {
             announce("evop admin", &admin)?;
-            tokio::spawn(listener::serve(admin, router::admin(&app, admin_keys), shutdown.clone()))
+            tokio::spawn(listener::serve(admin, router::admin(&app, admin_keys), shutdown.clone(), timeouts))
         }
         None => tokio::spawn(std::future::ready(())),
     };

@@ -166,7 +166,7 @@ impl Admission<'_> {
             SubmitError::ContextTooLong { prompt, max_tokens, limit } => context_too_long(prompt, max_tokens, limit, field),
             SubmitError::TooLarge { .. } => ApiError::context_length(field, error.to_string()),
             SubmitError::QueueFull { retry_after, .. } => {
-                self.app.metrics.rejected();
+                self.app.metrics.rejected("queue_full");
                 ApiError::queue_full(retry_after)
             }
             SubmitError::Draining | SubmitError::Stopped => ApiError::unavailable(error.to_string()),

@@ -9,9 +9,6 @@ use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longest that a body may take to arrive.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 /// A body that is a JSON object; an empty body is an empty object.
 #[derive(Debug)]
 pub struct JsonBody(pub Map<String, Value>);
@@ -20,7 +17,8 @@ impl FromRequest<Arc<App>> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
-        let arrived = tokio::time::timeout(PATIENCE, Bytes::from_request(request, app)).await.map_err(|_| ApiError::slow_body())?;
+        let patience = Duration::from_secs(app.config.body_timeout);
+        let arrived = tokio::time::timeout(patience, Bytes::from_request(request, app)).await.map_err(|_| ApiError::slow_body())?;
         let bytes = arrived.map_err(|rejection| match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => ApiError::too_large(app.config.max_body_size.0),
             _ => ApiError::bad_request(format!("the request's body can't be read: {rejection}")),

@@ -15,8 +15,8 @@ pub struct Choice {
     stop: StopMatcher,
     stops: Vec<String>,
     completion_tokens: usize,
-    /// Nothing more comes of it.
-    done: bool,
+    /// How it went; nothing more comes of it.
+    finished: Option<FinishedChoice>,
     arrived: Instant,
     first_token: Option<Duration>,
     last_token: Option<Instant>,
@@ -41,7 +41,7 @@ impl Choice {
             stop: StopMatcher::new(answer.stop.clone(), answer.include_stop),
             stops: answer.stop.clone(),
             completion_tokens: 0,
-            done: false,
+            finished: None,
             arrived,
             first_token: None,
             last_token: None,
@@ -55,7 +55,12 @@ impl Choice {
 
     /// Nothing more comes of it.
     pub fn is_done(&self) -> bool {
-        self.done
+        self.finished.is_some()
+    }
+
+    /// How it went, if it has ended.
+    pub fn finished(&self) -> Option<&FinishedChoice> {
+        self.finished.as_ref()
     }
 
     /// Takes a token. What arrives after a stop string is swallowed.
@@ -63,7 +68,7 @@ impl Choice {
     /// # Errors
     /// What the tokenizer says.
     pub fn token(&mut self, token: Token, is_stop: bool, metrics: &Metrics, first_of_request: bool) -> Result<Progress, String> {
-        if self.done {
+        if self.is_done() {
             return Ok(Progress::default());
         }
         self.note_time(metrics, first_of_request);
@@ -82,7 +87,7 @@ impl Choice {
     /// # Errors
     /// What the tokenizer says.
     pub fn ended(&mut self, reason: &FinishReason, queued: Duration, metrics: &Metrics) -> Result<Progress, String> {
-        if self.done {
+        if self.is_done() {
             return Ok(Progress::default());
         }
         let rest = self.detokenizer.finish().map_err(|e| e.to_string())?;
@@ -99,15 +104,16 @@ impl Choice {
 
     /// It will not end by itself any more.
     pub fn failed(&mut self, reason: &'static str, metrics: &Metrics) {
-        if !self.done {
+        if !self.is_done() {
             self.finish(reason, None, metrics);
         }
     }
 
     fn finish(&mut self, reason: &'static str, queued: Option<Duration>, metrics: &Metrics) {
-        self.done = true;
         let (tokens, total, first_token) = (self.completion_tokens, self.arrived.elapsed(), self.first_token);
-        metrics.finished(&FinishedChoice { reason, tokens, total, first_token, queued });
+        let finished = FinishedChoice { reason, tokens, total, first_token, queued };
+        metrics.finished(&finished);
+        self.finished = Some(finished);
     }
 
     fn note_time(&mut self, metrics: &Metrics, first_of_request: bool) {

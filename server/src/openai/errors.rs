@@ -88,11 +88,12 @@ impl ApiError {
 
     /// 429: the queue is full.
     pub fn queue_full(retry_after: Duration) -> Self {
-        Self {
-            code: Some("rate_limit_exceeded"),
-            retry_after: Some(retry_after),
-            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "too many requests are waiting; try again later")
-        }
+        Self::rate_limited("too many requests are waiting; try again later", retry_after)
+    }
+
+    /// 429: more than there may be; `retry_after` says when it is worth another try.
+    pub fn rate_limited(message: impl Into<String>, retry_after: Duration) -> Self {
+        Self { code: Some("rate_limit_exceeded"), retry_after: Some(retry_after), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
     /// 500.

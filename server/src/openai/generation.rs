@@ -5,7 +5,9 @@ use crate::app::App;
 use crate::openai::choice::{Choice, Progress};
 use crate::openai::errors::ApiError;
 use crate::openai::sampling::AnswerOptions;
+use crate::rate_limit::Account;
 use crate::served::Served;
+use crate::traces::GenerationAttributes;
 use evop_serving::{FinishReason, OutputKind, RequestStream, StepOutput, TokenLogprobs};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -13,6 +15,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
+use tracing::Span;
 
 /// A token as the answer may show it.
 #[derive(Debug, Clone)]
@@ -118,6 +121,10 @@ pub struct Generation {
     /// The end of the server's patience.
     stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
     failed: bool,
+    /// Who pays for the tokens, if they are counted.
+    account: Option<Arc<Account>>,
+    /// The request's.
+    span: Span,
 }
 
 impl Generation {
@@ -136,8 +143,23 @@ impl Generation {
         let shutdown = app.shutdown.clone();
         let deadline = app.config.request_timeout().map(|limit| Box::pin(tokio::time::sleep_until((arrived + limit).into())));
         let stopping = Box::pin(async move { shutdown.stopping().await });
-        let mut generation =
-            Self { app, served, parts, choices_per_prompt: answer.best_of, turn: 0, ready: VecDeque::new(), arrived, deadline, stopping, failed: false };
+        let mut generation = Self {
+            app,
+            served,
+            parts,
+            choices_per_prompt: answer.best_of,
+            turn: 0,
+            ready: VecDeque::new(),
+            arrived,
+            deadline,
+            stopping,
+            failed: false,
+            account: Account::current(),
+            span: Span::current(),
+        };
+        if let Some(account) = &generation.account {
+            account.charge(generation.prompt_tokens());
+        }
         for part in 0..generation.parts.len() {
             if generation.parts[part].waiting.is_none() {
                 generation.echo(part, &[]);
@@ -212,6 +234,11 @@ impl Generation {
             }
         }
         if all_ended { Poll::Ready(None) } else { Poll::Pending }
+    }
+
+    /// Waits until the request's time, or the server's patience, is over.
+    pub async fn out_of_time(&mut self) -> ApiError {
+        std::future::poll_fn(|context| self.poll_limits(context)).await
     }
 
     fn poll_limits(&mut self, context: &mut Context<'_>) -> Poll<ApiError> {
@@ -307,10 +334,22 @@ impl Drop for Generation {
         for choice in self.parts.iter_mut().flat_map(|part| &mut part.choices) {
             choice.failed("abort", &self.app.metrics);
         }
+        let completion_tokens = self.parts.iter().flat_map(|part| &part.choices).map(Choice::completion_tokens).sum::<usize>();
+        if let Some(account) = &self.account {
+            account.charge(completion_tokens);
+        }
+        let attributes = GenerationAttributes {
+            model: &self.served.id,
+            prompt_tokens: self.prompt_tokens(),
+            cached_tokens: self.cached_tokens(),
+            completion_tokens,
+            first: self.parts.first().and_then(|part| part.choices.first()?.finished()),
+        };
+        attributes.record(&self.span);
         tracing::info!(
             model = %self.served.id,
             prompt_tokens = self.prompt_tokens(),
-            completion_tokens = self.parts.iter().flat_map(|part| &part.choices).map(Choice::completion_tokens).sum::<usize>(),
+            completion_tokens,
             seconds = self.arrived.elapsed().as_secs_f32(),
             "generation ended"
         );

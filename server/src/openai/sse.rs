@@ -46,7 +46,7 @@ struct Left;
 
 async fn drive(mut generation: Generation, mut writer: impl ChunkWriter, sender: &Sender) -> Result<(), Left> {
     for chunk in writer.begin(&generation) {
-        send(sender, chunk).await?;
+        send_in_time(&mut generation, sender, chunk).await?;
     }
     loop {
         let event = tokio::select! {
@@ -58,13 +58,13 @@ async fn drive(mut generation: Generation, mut writer: impl ChunkWriter, sender:
             Some(Event::Failed(error)) => return fail(sender, &error).await,
             Some(event) => {
                 for chunk in writer.write(&generation, event) {
-                    send(sender, chunk).await?;
+                    send_in_time(&mut generation, sender, chunk).await?;
                 }
             }
         }
     }
     if let Some(chunk) = writer.end(&generation) {
-        send(sender, chunk).await?;
+        send_in_time(&mut generation, sender, chunk).await?;
     }
     // its end is counted before the client can read of it
     drop(generation);
@@ -75,6 +75,18 @@ async fn drive(mut generation: Generation, mut writer: impl ChunkWriter, sender:
 async fn fail(sender: &Sender, error: &ApiError) -> Result<(), Left> {
     tracing::warn!(status = error.status().as_u16(), error = %error.to_json(), "stream failed");
     send(sender, error.to_json().to_string()).await
+}
+
+/// A client that doesn't read holds a request no longer than its time; it would not read of that either.
+async fn send_in_time(generation: &mut Generation, sender: &Sender, data: String) -> Result<(), Left> {
+    tokio::select! {
+        biased;
+        sent = send(sender, data) => sent,
+        error = generation.out_of_time() => {
+            tracing::warn!(error = %error.to_json(), "the client did not read its answer in time");
+            Err(Left)
+        }
+    }
 }
 
 async fn send(sender: &Sender, data: String) -> Result<(), Left> {

@@ -62,7 +62,8 @@ fn forms_that_cannot_be_are_refused_at_the_start() {
     let part = pattern(files.path(), "part.json", &[5], &[3]);
     std::fs::write(&part, std::fs::read_to_string(&part).unwrap().replacen("384", "192", 1)).unwrap();
     let fails = |arguments: &[&str]| {
-        let output = command().args(["serve", "--port", "0", "--admin-addr", "off", "--data-dir"]).arg(files.path().join("data")).args(arguments).output().unwrap();
+        let output =
+            command().args(["serve", "--port", "0", "--admin-addr", "off", "--data-dir"]).arg(files.path().join("data")).args(arguments).output().unwrap();
         assert!(!output.status.success());
         String::from_utf8(output.stderr).unwrap()
     };

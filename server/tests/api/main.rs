@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod admin;
+mod bench_serve;
 mod chat;
 mod completions;
 mod errors;
@@ -18,8 +19,11 @@ mod load;
 mod models;
 mod operations;
 mod prune;
+mod rate_limit;
+mod slow_clients;
 mod structured;
 mod swap;
 mod tokenize;
 mod tools;
+mod traces;
 mod vocab;
