@@ -13,7 +13,7 @@ import sys
 from enum import Enum
 
 import openai
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from conformance import MESSAGES, check, main, raises, same
 
@@ -24,11 +24,14 @@ class Kind(str, Enum):
 
 
 class Place(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     city: str = Field(max_length=30)
     country: str = Field(max_length=30)
 
 
 class Profile(BaseModel):
+    # (a schema that allows further properties never has to end)
+    model_config = ConfigDict(extra="forbid")
     name: str = Field(max_length=40)
     born: int = Field(ge=1000, le=2030)
     kind: Kind
