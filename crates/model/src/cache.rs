@@ -106,9 +106,30 @@ fn zeros(count: usize) -> Result<Vec<f32>> {
     // SAFETY: the layout isn't empty; zeroed bytes are zeros, and the vector frees them with the layout that they were made with
     unsafe {
         let data = std::alloc::alloc_zeroed(layout).cast::<f32>();
-        if data.is_null() { Err(refused()) } else { Ok(Vec::from_raw_parts(data, count, count)) }
+        if data.is_null() {
+            return Err(refused());
+        }
+        in_small_pages(data.cast(), layout.size());
+        Ok(Vec::from_raw_parts(data, count, count))
     }
 }
+
+/// Asks the system for memory in small pages. With huge ones all layers take a new page of two megabytes in the same step, some 85 blocks apart, and everyone
+/// waits for their zeros: a third of a second with 30 layers.
+#[cfg(target_os = "linux")]
+fn in_small_pages(data: *mut u8, bytes: usize) {
+    // SAFETY: sysconf only reads
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4_096);
+    let first = (data as usize).next_multiple_of(page);
+    let end = (data as usize + bytes) / page * page;
+    if end > first {
+        // SAFETY: whole pages inside of one allocation, whose content the advice doesn't touch; a refusal changes nothing
+        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_NOHUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn in_small_pages(_data: *mut u8, _bytes: usize) {}
 
 /// A [`KvPool`] under the block tables of one batch.
 #[derive(Debug)]
