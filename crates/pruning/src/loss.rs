@@ -88,7 +88,8 @@ impl Scoring {
         let (loss, lost) = match (&self.reference, &self.keys) {
             (None, _) => (-next, -next),
             (Some(dense), None) => return dense.divergence(position, q),
-            (Some(dense), Some(keys)) => (dense.divergence(position, q), keys.dense[position] - next),
+            // what one token gains must not pay for what another loses: a search would find the gains that this sample has by chance
+            (Some(dense), Some(keys)) => (dense.divergence(position, q), (keys.dense[position] - next).max(0.0)),
         };
         self.keys.as_ref().map_or(loss, |keys| keys.others * loss + keys.weights[position] * lost)
     }
@@ -183,5 +184,7 @@ mod tests {
         assert_eq!(scoring(Some(reference()), None), divergence);
         assert_eq!(scoring(Some(reference()), Some(keys())), 0.5 * divergence + 3.0 * 0.5);
         assert_eq!(scoring(None, Some(keys())), 0.5 * 1.5 + 3.0 * 1.5);
+        let gains = Scoring { reference: Some(reference()), keys: Some(keys()) }.loss(0, &q, -0.5);
+        assert_eq!(gains, 0.5 * divergence, "what a token gains makes up for nothing");
     }
 }

@@ -67,11 +67,12 @@ pub(super) fn search(
     }
     let randoms = options.offspring.saturating_sub(population.len()).max(options.offspring / 4);
     population.extend((0..randoms).map(|_| space.random(&mut rng)));
-    let mut stale = 0;
+    let (mut stale, mut improvements) = (0, Vec::new());
     for generation in 0..=options.generations {
         let improved = state.evaluate(evaluator, population, &mut best)?;
         best.end_round(options.generations + 1, evaluator, on_round)?;
         stale = if improved { 0 } else { stale + 1 };
+        improvements.extend(state.elite.first().filter(|_| improved).cloned());
         if generation == options.generations || stale > options.patience {
             break;
         }
@@ -80,7 +81,9 @@ pub(super) fn search(
             break; // everything within reach is known
         }
     }
-    let elite = state.elite.iter().map(|(genome, fitness)| (space.pattern(genome), fitness.clone())).collect();
+    // held-out text chooses among these: the best of earlier generations too, since what came later may fit this sample alone
+    improvements.retain(|(genome, _)| state.elite.iter().all(|(kept, _)| kept != genome));
+    let elite = state.elite.iter().chain(&improvements).map(|(genome, fitness)| (space.pattern(genome), fitness.clone())).collect();
     let correlation = (!state.correlations.is_empty()).then(|| state.correlations.iter().sum::<f64>() / state.correlations.len() as f64);
     Ok(Found { elite, surrogate_rank_correlation: correlation, ..best.finish()? })
 }

@@ -173,7 +173,7 @@ pub struct Found {
     pub fitness: Fitness,
     /// After each round.
     pub history: Vec<Round>,
-    /// The best patterns, best first, for a choice on held-out text; just the one where a strategy has no others.
+    /// The best patterns for a choice on held-out text, the best one first; just the one where a strategy has no others.
     pub elite: Vec<(Pattern, Fitness)>,
     /// A change of weights that belongs to the pattern, where the strategy makes one: apply it with [`adjust`] before the pattern.
     pub adjustment: Option<Adjustment>,

@@ -60,11 +60,17 @@ fn every_strategy_runs_to_a_checkpoint_whose_logits_are_the_masked_parents() {
 #[test]
 fn repaired_widths_beat_every_way_to_drop_whole_sub_blocks_and_are_what_is_written() {
     let directory = tempfile::tempdir().unwrap();
-    let joint = whole(directory.path(), &options(Strategy::Joint, Space::Joint));
+    let mut of_one = options(Strategy::Joint, Space::Joint);
+    of_one.search.joint.elite = 1;
+    let joint = whole(directory.path(), &of_one);
     assert!(joint.widths.iter().any(|(whole, kept)| kept < whole && *kept > 0), "partial widths: {:?}", joint.widths);
     let widths = joint.levels.iter().flat_map(|l| &l.levels).filter(|l| l.level.absorbed == 0);
     assert!(widths.clone().count() > 0 && widths.clone().all(|l| l.repaired <= l.raw), "a repair errs less than none");
     assert!(!directory.path().join("levels").exists(), "the level database goes at the end");
+    // held-out text chose among the best of every generation, not of the last alone
+    let offered: Vec<f64> = joint.found.elite.iter().map(|(_, fitness)| fitness.loss).collect();
+    assert!(joint.found.history.iter().all(|round| offered.contains(&round.best_loss)), "{offered:?}");
+    assert!(offered.len() > 1 && joint.held_out.candidates == offered.len(), "{offered:?}");
     for strategy in [Strategy::Sleb, Strategy::Joint] {
         let other = tempfile::tempdir().unwrap();
         let dropped = whole(other.path(), &options(strategy, Space::Block));
