@@ -4,6 +4,7 @@ use crate::admin::Admin;
 use crate::auth::Keys;
 use crate::config::ServeConfig;
 use crate::metrics::Metrics;
+use crate::pressure::Pressure;
 use crate::rate_limit::RateLimits;
 use crate::served::Served;
 use crate::serving_slot::ServingSlot;
@@ -29,6 +30,8 @@ pub struct App {
     pub api_keys: Arc<Keys>,
     /// What each of them may use.
     pub rate_limits: RateLimits,
+    /// What `--elastic` follows.
+    pub pressure: Option<Arc<Pressure>>,
     /// Jobs and models.
     pub admin: Admin,
     names: Vec<String>,
@@ -38,7 +41,8 @@ impl App {
     /// A server without a model yet. `names` has at least one.
     pub fn new(config: ServeConfig, names: Vec<String>, metrics: Metrics, shutdown: Shutdown, api_keys: Keys, admin: Admin) -> Self {
         let rate_limits = RateLimits::new(config.rate_limit, config.token_rate_limit);
-        Self { rate_limits, config, slot: ServingSlot::default(), metrics, shutdown, api_keys: Arc::new(api_keys), admin, names }
+        let pressure = config.elastic.map(|goal| Arc::new(Pressure::new(goal)));
+        Self { rate_limits, pressure, config, slot: ServingSlot::default(), metrics, shutdown, api_keys: Arc::new(api_keys), admin, names }
     }
 
     /// The names that clients ask for; they always mean the model that is served.

@@ -1,5 +1,6 @@
 //! What `evop serve` can be told: one struct, every flag also an environment variable.
 
+use crate::pressure::Goal;
 use clap::{Args, ValueEnum};
 use evop_model::device::DeviceChoice;
 use evop_model::{DType, Device, WeightType};
@@ -39,6 +40,10 @@ pub struct ServeConfig {
     /// Tokens that it guesses at most.
     #[arg(long, env = "EVOP_SPECULATE_TOKENS", value_name = "N", default_value_t = 4, value_parser = at_least_one, help_heading = "Model")]
     pub speculate_tokens: usize,
+
+    /// While first tokens take longer than this, for example p99_ttft=500ms, requests that name no form get a thinner one of --pattern; the answer's model says which. [default: never]
+    #[arg(long, env = "EVOP_ELASTIC", value_name = "GOAL", help_heading = "Model")]
+    pub elastic: Option<Goal>,
 
     /// Address of the public API.
     #[arg(long, env = "EVOP_HOST", value_name = "ADDRESS", default_value = "127.0.0.1", help_heading = "Network")]

@@ -34,6 +34,9 @@ impl Forms {
         if let Some(twice) = config.patterns.iter().find(|form| !names.insert(form.name.as_str())) {
             bail!("--pattern {}: two forms have this name", twice.name);
         }
+        if config.elastic.is_some() && config.patterns.is_empty() {
+            bail!("--elastic: there is no thinner form to change to; give at least one with --pattern FORM=FILE");
+        }
         let read = |form: &FormFile| read(&form.file, decoder.config()).with_context(|| format!("--pattern {}", form.name));
         let patterns = config.patterns.iter().map(read).collect::<Result<Vec<_>>>()?;
         let named = |(form, pattern): (&FormFile, &Pattern)| Form { name: form.name.clone(), config: decoder.config().with_pattern(pattern) };

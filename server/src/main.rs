@@ -18,6 +18,7 @@ mod metrics;
 mod models;
 mod openai;
 mod operations;
+mod pressure;
 mod rate_limit;
 mod request_id;
 mod router;

@@ -48,6 +48,7 @@ pub struct Metrics {
     requests: IntCounterVec,
     rejections: IntCounterVec,
     http_requests: IntCounterVec,
+    elastic_level: IntGaugeVec,
     swaps: IntCounterVec,
     preemptions: IntCounterVec,
     prefix_queries: IntCounterVec,
@@ -133,6 +134,7 @@ impl Metrics {
             rejections: r.counter("vllm:admission_rejections_total", "Requests that were not taken.", &["model_name", "engine", "reason"])?,
             http_requests: r.counter("evop_http_requests_total", "HTTP requests by path and status.", &["path", "status"])?,
             swaps: r.counter("evop_model_swaps_total", "Models put into service.", &[])?,
+            elastic_level: r.int_gauge("evop_elastic_level", "How many forms thinner than the whole model new requests get (--elastic).", &MODEL)?,
             preemptions: r.counter("vllm:num_preemptions_total", "Sequences that gave their memory back and were computed again.", &MODEL)?,
             prefix_queries: r.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", &MODEL)?,
             prefix_hits: r.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", &MODEL)?,
@@ -242,6 +244,11 @@ impl Metrics {
     /// A request that was refused: `queue_full` or `rate_limit`.
     pub fn rejected(&self, reason: &str) {
         self.rejections.with_label_values(&[self.model_name.as_str(), "0", reason]).inc();
+    }
+
+    /// How many forms thinner than the whole model new requests get.
+    pub fn elastic_level(&self, level: usize) {
+        self.elastic_level.with_label_values(&self.labels()).set(level as i64);
     }
 
     /// A model was put into service.

@@ -69,10 +69,18 @@ impl Served {
         member.checked_sub(1).and_then(|form| self.forms.get(form)).map_or(&self.config, |form| &form.config)
     }
 
-    /// OpenAI's `system_fingerprint`: changes when the answers to the same seed may change.
-    pub fn fingerprint(&self) -> String {
+    /// The form that is so many steps thinner than the whole model, by what it keeps.
+    pub fn thinner(&self, level: usize) -> Option<&Form> {
+        let mut forms: Vec<&Form> = self.forms.iter().collect();
+        forms.sort_by_key(|form| std::cmp::Reverse(form.config.parameters()));
+        forms.get(level.checked_sub(1)?.min(forms.len().saturating_sub(1))).copied()
+    }
+
+    /// OpenAI's `system_fingerprint`: changes when the answers to the same seed may change. `name` is who answers, with its form.
+    pub fn fingerprint(&self, name: &str) -> String {
         let mut hasher = DefaultHasher::new();
-        (env!("CARGO_PKG_VERSION"), &self.id, &self.root).hash(&mut hasher);
+        let member = name.rsplit_once('@').and_then(|(_, form)| self.member(Some(form)));
+        (env!("CARGO_PKG_VERSION"), &self.id, &self.root, member).hash(&mut hasher);
         format!("fp_{:010x}", hasher.finish() & 0xff_ffff_ffff)
     }
 
@@ -87,6 +95,22 @@ impl Served {
             return Ok(self.config.bos_token_id.or(self.config.eos_token_ids.first().copied()).into_iter().collect());
         }
         Ok(ids)
+    }
+
+    /// The token sequences that spell a word: within a word, and after a space where that is another one.
+    ///
+    /// # Errors
+    /// What the tokenizer says.
+    pub fn spellings(&self, word: &str) -> Result<Vec<Vec<u32>>, String> {
+        let word = word.trim_start();
+        let mut spellings = Vec::new();
+        for text in [word.to_string(), format!(" {word}")] {
+            let ids = self.tokenizer.encode_fast(text.as_str(), false).map_err(|e| e.to_string())?.get_ids().to_vec();
+            if !ids.is_empty() && !spellings.contains(&ids) {
+                spellings.push(ids);
+            }
+        }
+        Ok(spellings)
     }
 
     /// Text of token ids.

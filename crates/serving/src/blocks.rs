@@ -5,6 +5,8 @@
 
 use evop_model::BLOCK_TOKENS;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::LazyLock;
 
 /// What a block's content is known by.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -14,13 +16,18 @@ struct Name {
     tokens: [u32; BLOCK_TOKENS],
 }
 
-/// What comes before a sequence's first block, by the form of the model that computes it: what one form leaves is of no use to another.
-pub(crate) fn start(member: usize) -> u64 {
-    member as u64
+/// What comes before a sequence's first block, by the form of the model that computes it and the request's salt: what one form leaves is of no use to
+/// another, and what was asked under one salt is not to be told by its speed under another.
+pub(crate) fn start(member: usize, salt: Option<&str>) -> u64 {
+    /// Keys that nobody outside knows, so that nobody can look for two salts of one hash.
+    static SALTS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+    salt.map_or(member as u64, |salt| SALTS.hash_one((member, salt)) | SALTED)
 }
 
 /// Contents are numbered from here on.
 const CONTENTS: u64 = 1 << 32;
+/// What comes before the first block of a salted sequence is from here on.
+const SALTED: u64 = 1 << 63;
 
 /// The blocks of one pool.
 #[derive(Debug)]
@@ -84,9 +91,9 @@ impl Blocks {
         Some(block)
     }
 
-    /// The known blocks at the start of `tokens` as this form of the model computes them, held from now on, with the number of the last one's content.
-    pub fn find(&mut self, member: usize, tokens: &[u32]) -> (Vec<u32>, u64) {
-        let (mut found, mut before) = (Vec::new(), start(member));
+    /// The known blocks at the beginning of `tokens` after `before` (see [`start`]), held from now on, with the number of the last one's content.
+    pub fn find(&mut self, mut before: u64, tokens: &[u32]) -> (Vec<u32>, u64) {
+        let mut found = Vec::new();
         for tokens in tokens.as_chunks::<BLOCK_TOKENS>().0 {
             let Some(block) = self.known.get(&Name { before, tokens: *tokens }).copied() else { break };
             let Some((_, content)) = &self.names[block as usize] else { break };
@@ -145,7 +152,7 @@ mod tests {
 
     /// As a sequence that computes all of these tokens holds and names them.
     fn compute(blocks: &mut Blocks, tokens: &[u32]) -> Vec<u32> {
-        let (mut table, mut before) = blocks.find(0, tokens);
+        let (mut table, mut before) = blocks.find(start(0, None), tokens);
         for tokens in &tokens.as_chunks::<BLOCK_TOKENS>().0[table.len()..] {
             table.push(blocks.take().unwrap());
             before = blocks.name(*table.last().unwrap(), before, tokens);
@@ -158,15 +165,17 @@ mod tests {
         let mut blocks = Blocks::new(8);
         let (first, other) = (tokens(1, 3), [tokens(1, 2), tokens(9, 2)].concat());
         let table = compute(&mut blocks, &first);
-        assert_eq!(blocks.find(0, &other).0, table[..2], "two blocks are the same");
+        assert_eq!(blocks.find(start(0, None), &other).0, table[..2], "two blocks are the same");
         assert_eq!((blocks.held(), blocks.available()), (3, 5));
         blocks.release(&table[..2]);
         blocks.release(&table);
         assert_eq!(blocks.held(), 0);
-        assert_eq!(blocks.find(0, &first[..70]).0, table[..2], "a block that is not full is not known");
-        assert!(blocks.find(1, &first).0.is_empty(), "another form of the model computes other keys and values");
+        assert_eq!(blocks.find(start(0, None), &first[..70]).0, table[..2], "a block that is not full is not known");
+        assert!(blocks.find(start(1, None), &first).0.is_empty(), "another form of the model computes other keys and values");
+        assert!(blocks.find(start(0, Some("a")), &first).0.is_empty(), "nor does a salt find what was computed without it");
+        assert!(start(0, Some("a")) == start(0, Some("a")) && start(0, Some("a")) != start(0, Some("b")) && start(0, Some("a")) != start(1, Some("a")));
         // the same tokens after something else are something else
-        assert!(blocks.find(0, &tokens(1, 3)[BLOCK_TOKENS..]).0.is_empty());
+        assert!(blocks.find(start(0, None), &tokens(1, 3)[BLOCK_TOKENS..]).0.is_empty());
     }
 
     #[test]
@@ -178,11 +187,11 @@ mod tests {
         let of_b = compute(&mut blocks, &b);
         blocks.release(&of_b);
         assert_eq!(blocks.take(), Some(of_a[1]));
-        assert_eq!(blocks.find(0, &a).0, of_a[..1]);
+        assert_eq!(blocks.find(start(0, None), &a).0, of_a[..1]);
         assert_eq!(blocks.take(), Some(of_b[1]), "the first block of a is held");
         assert_eq!(blocks.take(), Some(of_b[0]));
         assert_eq!(blocks.take(), None);
-        assert!(blocks.find(0, &b).0.is_empty());
+        assert!(blocks.find(start(0, None), &b).0.is_empty());
     }
 
     #[test]
@@ -190,11 +199,11 @@ mod tests {
         let mut blocks = Blocks::new(6);
         let text: [u32; BLOCK_TOKENS] = std::array::from_fn(|i| i as u32);
         let (one, two) = (blocks.take().unwrap(), blocks.take().unwrap());
-        let content = blocks.name(one, start(0), &text);
-        assert_eq!(blocks.name(two, start(0), &text), content);
+        let content = blocks.name(one, start(0, None), &text);
+        assert_eq!(blocks.name(two, start(0, None), &text), content);
         blocks.release(&[two]);
         assert_eq!(blocks.held(), 1);
         blocks.release(&[one]);
-        assert_eq!(blocks.find(0, &text).0, [one]);
+        assert_eq!(blocks.find(start(0, None), &text).0, [one]);
     }
 }

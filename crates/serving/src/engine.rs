@@ -360,7 +360,7 @@ mod tests {
 
     fn submit(engine: &EngineHandle, prompt: Vec<u32>) -> RequestStream {
         let params = SamplingParams { max_tokens: 5, temperature: 0.0, ignore_eos: true, ..SamplingParams::default() };
-        engine.submit(Request { prompt, params, member: 0, n: 1, request_id: "test".into() }).unwrap()
+        engine.submit(Request { prompt, params, request_id: "test".into(), ..Request::default() }).unwrap()
     }
 
     fn end(mut stream: RequestStream) -> (FinishReason, Usage) {

@@ -20,6 +20,17 @@ pub struct Request {
     pub n: usize,
     /// For log lines.
     pub request_id: String,
+    /// Who waits is served in order of arrival, as if this many seconds later than it was: below zero before others, above it behind them. Nobody waits
+    /// for ever behind those that come later.
+    pub priority: i32,
+    /// Prefixes are shared only with requests of the same salt.
+    pub cache_salt: Option<String>,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Self { prompt: Vec::new(), params: SamplingParams::default(), member: 0, n: 1, request_id: String::new(), priority: 0, cache_salt: None }
+    }
 }
 
 /// How tokens are chosen and when to end; the defaults are OpenAI's.
@@ -45,6 +56,8 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// If given, nothing else may be sampled.
     pub allowed_token_ids: Option<Vec<u32>>,
+    /// Sequences of tokens of which the output may have none.
+    pub bad_words: Vec<Vec<u32>>,
     /// Makes the choices reproducible; choice i draws from the seed's i-th stream.
     pub seed: Option<u64>,
     /// Tokens that end a choice, besides the model's end of sequence.
@@ -74,6 +87,7 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             allowed_token_ids: None,
+            bad_words: Vec::new(),
             seed: None,
             stop_token_ids: Vec::new(),
             ignore_eos: false,
@@ -119,6 +133,9 @@ impl SamplingParams {
         for (_, bias) in &self.logit_bias {
             within("logit_bias", *bias, (-100.0..=100.0).contains(bias), "values from -100 to 100")?;
         }
+        if self.bad_words.iter().any(Vec::is_empty) {
+            return Err(InvalidParam::new("bad_words", "expected words of at least one token, found an empty one".into()));
+        }
         if self.allowed_token_ids.as_ref().is_some_and(Vec::is_empty) {
             return Err(InvalidParam::new("allowed_token_ids", "expected at least one token id, found an empty list".into()));
         }
@@ -150,10 +167,11 @@ impl Request {
         if self.n == 0 || self.n > MAX_CHOICES {
             return Err(InvalidParam::new("n", format!("expected 1 to {MAX_CHOICES}, found {}", self.n)));
         }
-        let SamplingParams { logit_bias, allowed_token_ids, stop_token_ids, .. } = &self.params;
+        let SamplingParams { logit_bias, allowed_token_ids, bad_words, stop_token_ids, .. } = &self.params;
         known("prompt", self.prompt.iter().copied(), vocab_size)?;
         known("logit_bias", logit_bias.iter().map(|(id, _)| *id), vocab_size)?;
         known("allowed_token_ids", allowed_token_ids.iter().flatten().copied(), vocab_size)?;
+        known("bad_words", bad_words.iter().flatten().copied(), vocab_size)?;
         known("stop_token_ids", stop_token_ids.iter().copied(), vocab_size)
     }
 }
@@ -197,12 +215,13 @@ mod tests {
 
     #[test]
     fn a_request_must_name_tokens_that_exist() {
-        let request = |prompt: Vec<u32>, params| Request { prompt, params, member: 0, n: 1, request_id: String::new() };
+        let request = |prompt: Vec<u32>, params| Request { prompt, params, ..Request::default() };
         let params = SamplingParams::default;
         assert_eq!(request(vec![9], params()).validate(10, 1), Ok(()));
         assert_eq!(request(vec![], params()).validate(10, 1).unwrap_err().param, "prompt");
         assert_eq!(request(vec![10], params()).validate(10, 1).unwrap_err().param, "prompt");
         assert_eq!(request(vec![1], SamplingParams { stop_token_ids: vec![10], ..params() }).validate(10, 1).unwrap_err().param, "stop_token_ids");
+        assert_eq!(request(vec![1], SamplingParams { bad_words: vec![vec![1, 10]], ..params() }).validate(10, 1).unwrap_err().param, "bad_words");
         assert_eq!(Request { n: 0, ..request(vec![1], params()) }.validate(10, 1).unwrap_err().param, "n");
     }
 }

@@ -1,6 +1,6 @@
 //! From a row of logits to a token, on the host.
 //!
-//! The order is vLLM's: logit bias, allowed ids, the grammar and the end-of-sequence mask of `min_tokens`; repetition, presence and frequency penalties;
+//! The order is vLLM's: logit bias, allowed ids, bad words, the grammar and the end-of-sequence mask of `min_tokens`; repetition, presence and frequency penalties;
 //! temperature; min-p; top-k and top-p; the draw. One draw a token from the sequence's own generator, so that a seed gives
 //! the same tokens whatever else is in the batch.
 
@@ -11,7 +11,7 @@ use crate::params::SamplingParams;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha12Rng;
 use std::cmp::Ordering;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 /// Below this a temperature is greedy (the division would overflow).
@@ -38,6 +38,8 @@ pub(crate) struct Sampler {
     /// How often each token was made.
     counts: HashMap<u32, u32>,
     made: usize,
+    /// The last tokens that were made, as many as the longest of `bad_words` has before its last.
+    tail: VecDeque<u32>,
     /// Where the output stands in its grammar.
     grammar: Option<GrammarState>,
 }
@@ -66,12 +68,12 @@ impl Sampler {
         }
         let in_prompt = if params.repetition_penalty == 1.0 { HashSet::new() } else { prompt.iter().copied().collect() };
         let grammar = params.grammar.as_ref().map(GrammarState::begin);
-        Self { params, rng, enders, in_prompt, counts: HashMap::new(), made: 0, grammar }
+        Self { params, rng, enders, in_prompt, counts: HashMap::new(), made: 0, tail: VecDeque::new(), grammar }
     }
 
     /// One that would choose the same, for guesses that leave no trace. Only without a grammar.
     pub fn guessing(&self) -> Option<Self> {
-        let Self { params, rng, enders, in_prompt, counts, made, grammar } = self;
+        let Self { params, rng, enders, in_prompt, counts, made, tail, grammar } = self;
         let guessing = || Self {
             params: Arc::clone(params),
             rng: rng.clone(),
@@ -79,6 +81,7 @@ impl Sampler {
             in_prompt: in_prompt.clone(),
             counts: counts.clone(),
             made: *made,
+            tail: tail.clone(),
             grammar: None,
         };
         grammar.is_none().then(guessing)
@@ -98,10 +101,12 @@ impl Sampler {
             self.penalise(&mut adjusted);
             if self.params.temperature < GREEDY_TEMPERATURE { argmax(&adjusted) } else { self.draw(&adjusted) }
         };
-        let id =
-            id.ok_or("no token can be sampled: every one is excluded by allowed_token_ids, min_tokens and the grammar, or the model's logits are not numbers")?;
+        let id = id.ok_or(
+            "no token can be sampled: every one is excluded by allowed_token_ids, bad_words, min_tokens and the grammar, or the model's logits are not numbers",
+        )?;
         *self.counts.entry(id).or_default() += 1;
         self.made += 1;
+        self.remember(id);
         let completes = self.grammar.as_mut().map_or(Ok(false), |grammar| grammar.advance(id))?;
         let logprobs = self.params.logprobs.map(|top| token_logprobs(logits, id, top));
         Ok(Sampled { id, logprobs, completes })
@@ -113,6 +118,7 @@ impl Sampler {
         p.temperature < GREEDY_TEMPERATURE
             && p.logit_bias.is_empty()
             && p.allowed_token_ids.is_none()
+            && p.bad_words.is_empty()
             && self.made >= p.min_tokens
             && p.repetition_penalty == 1.0
             && p.presence_penalty == 0.0
@@ -130,6 +136,14 @@ impl Sampler {
                 logits[id as usize] = logit;
             }
         }
+        for word in &self.params.bad_words {
+            if let Some((last, before)) = word.split_last()
+                && before.len() <= self.tail.len()
+                && self.tail.range(self.tail.len() - before.len()..).eq(before)
+            {
+                logits[*last as usize] = f32::NEG_INFINITY;
+            }
+        }
         if let Some(mask) = mask {
             mask.apply(logits);
         }
@@ -140,6 +154,15 @@ impl Sampler {
                     *logit = f32::NEG_INFINITY;
                 }
             }
+        }
+    }
+
+    /// Keeps a token for as long as a bad word may need it.
+    fn remember(&mut self, id: u32) {
+        let longest = self.params.bad_words.iter().map(|word| word.len() - 1).max().unwrap_or(0);
+        if longest > 0 {
+            self.tail.push_back(id);
+            self.tail.drain(..self.tail.len().saturating_sub(longest));
         }
     }
 
@@ -267,6 +290,15 @@ mod tests {
         assert_eq!(draws(SamplingParams { logit_bias: vec![(0, 100.0)], ..greedy() }, &logits, 1), [0]);
         assert_eq!(draws(SamplingParams { allowed_token_ids: Some(vec![0, 1]), ..greedy() }, &logits, 1), [1]);
         assert!(draws(SamplingParams { allowed_token_ids: Some(vec![0, 2]), ..seeded() }, &logits, 50).iter().all(|id| *id != 1));
+    }
+
+    #[test]
+    fn a_bad_word_is_cut_before_its_last_token_and_no_other() {
+        let logits = [0.0, 2.0, 1.0];
+        let banned = |bad_words| SamplingParams { bad_words, ..greedy() };
+        assert_eq!(draws(banned(vec![vec![1]]), &logits, 3), [2, 2, 2]);
+        assert_eq!(draws(banned(vec![vec![1, 1]]), &logits, 5), [1, 2, 1, 2, 1]);
+        assert_eq!(draws(banned(vec![vec![1, 1, 1], vec![1, 2]]), &logits, 6), [1, 1, 0, 1, 1, 0]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
 use tokio::sync::mpsc::UnboundedSender;
 
 /// The scheduler's limits, in its own units.
@@ -50,6 +51,8 @@ struct Waiting {
 #[derive(Debug)]
 pub(crate) struct Scheduler {
     limits: Limits,
+    started: Instant,
+    /// By when they are due.
     waiting: VecDeque<Waiting>,
     /// Sequences that had to give their blocks back, in order of arrival: before everyone who waits.
     preempted: VecDeque<Sequence>,
@@ -70,6 +73,7 @@ impl Scheduler {
     pub fn new(limits: Limits, blocks: usize) -> Self {
         Self {
             limits,
+            started: Instant::now(),
             waiting: VecDeque::new(),
             preempted: VecDeque::new(),
             running: Vec::new(),
@@ -91,8 +95,17 @@ impl Scheduler {
         std::mem::take(&mut self.left_queue)
     }
 
+    /// Lets a request wait: behind those that are due before it, and behind the first one if its turn has begun.
     pub fn enqueue(&mut self, group: Arc<SequenceGroup>, output: UnboundedSender<StepOutput>) {
-        self.waiting.push_back(Waiting { group, output, next: 0, ready: None });
+        let due = self.due(&group);
+        let behind = |w: &Waiting| w.next > 0 || w.ready.is_some() || self.due(&w.group) <= due;
+        let at = self.waiting.iter().rposition(behind).map_or(0, |last| last + 1);
+        self.waiting.insert(at, Waiting { group, output, next: 0, ready: None });
+    }
+
+    /// When a request's turn would come, in seconds since the start.
+    fn due(&self, group: &SequenceGroup) -> f64 {
+        group.arrived.saturating_duration_since(self.started).as_secs_f64() + f64::from(group.priority)
     }
 
     /// Takes out the waiting requests that `leaves` says, each with the number of choices that had no place yet.
@@ -292,7 +305,11 @@ mod tests {
 
     fn submit(scheduler: &mut Scheduler, prompt: Vec<u32>, max_tokens: usize, n: usize) -> UnboundedReceiver<StepOutput> {
         let params = SamplingParams { max_tokens, ..SamplingParams::default() };
-        let group = Arc::new(SequenceGroup::new(Request { prompt, params, member: 0, n, request_id: String::new() }));
+        enqueue(scheduler, Request { prompt, params, n, ..Request::default() })
+    }
+
+    fn enqueue(scheduler: &mut Scheduler, request: Request) -> UnboundedReceiver<StepOutput> {
+        let group = Arc::new(SequenceGroup::new(request));
         let (output, receiver) = unbounded_channel();
         scheduler.enqueue(group, output);
         receiver
@@ -342,6 +359,26 @@ mod tests {
         scheduler.pace.observe(1, 0, Duration::from_millis(20));
         scheduler.pace.observe(0, 100, Duration::from_millis(100));
         assert_eq!(scheduler.schedule(|_| 0), Step { decoding: 1, prompt_tokens: 20 });
+    }
+
+    #[test]
+    fn who_waits_is_served_by_arrival_and_priority_and_one_whose_turn_has_begun_first() {
+        let mut scheduler = Scheduler::new(Limits { max_concurrent: 1, ..LIMITS }, 100);
+        let mut waiting = Vec::new();
+        for (token, priority, n) in [(1, 0, 2), (2, 0, 1), (3, 5, 1), (4, -5, 1), (5, 0, 1)] {
+            waiting.push(enqueue(&mut scheduler, Request { prompt: vec![token], n, priority, ..Request::default() }));
+            scheduler.admit(&[]);
+        }
+        let order: Vec<u32> = scheduler.waiting.iter().map(|w| w.group.prompt[0]).collect();
+        assert_eq!(order, [1, 4, 2, 5, 3]);
+        // a later request of the first rank comes behind one of a rank that has waited for as long as the ranks are apart
+        scheduler.started = Instant::now() - std::time::Duration::from_secs(60);
+        let late = SequenceGroup {
+            arrived: Instant::now() + std::time::Duration::from_secs(6),
+            ..SequenceGroup::new(Request { prompt: vec![6], ..Request::default() })
+        };
+        scheduler.enqueue(Arc::new(late), unbounded_channel().0);
+        assert_eq!(scheduler.waiting.back().map(|w| w.group.prompt[0]), Some(6));
     }
 
     #[test]

@@ -20,15 +20,19 @@ pub(crate) struct SequenceGroup {
     pub params: Arc<SamplingParams>,
     pub n: usize,
     pub arrived: Instant,
+    pub priority: i32,
+    /// What comes before its first block.
+    pub chain: u64,
     /// One flag a choice: its caller wants no more of it.
     pub stopped: Vec<AtomicBool>,
 }
 
 impl SequenceGroup {
     pub fn new(request: Request) -> Self {
-        let Request { prompt, params, member, n, request_id } = request;
+        let Request { prompt, params, member, n, request_id, priority, cache_salt } = request;
         let stopped = (0..n).map(|_| AtomicBool::new(false)).collect();
-        Self { request_id, prompt, member, params: Arc::new(params), n, arrived: Instant::now(), stopped }
+        let chain = start(member, cache_salt.as_deref());
+        Self { request_id, prompt, member, params: Arc::new(params), n, arrived: Instant::now(), priority, chain, stopped }
     }
 
     /// Whether its prompt may be taken from what other requests left: not if every token of it is to be scored.
@@ -79,7 +83,7 @@ impl Sequence {
             index,
             ticket,
             table: Vec::new(),
-            named: (0, start(group.member)),
+            named: (0, group.chain),
             tokens: group.prompt.clone(),
             computed: 0,
             scheduled: 0,
@@ -99,7 +103,7 @@ impl Sequence {
     /// Takes the blocks that are known already. The last token is always computed: what comes after it is sampled from it.
     pub fn find_prefix(&mut self, blocks: &mut Blocks) {
         if self.group.reuses_prefixes() {
-            let (table, content) = blocks.find(self.group.member, &self.tokens[..self.tokens.len() - 1]);
+            let (table, content) = blocks.find(self.group.chain, &self.tokens[..self.tokens.len() - 1]);
             self.computed = table.len() * BLOCK_TOKENS;
             self.named = (table.len(), content);
             self.table = table;
@@ -117,7 +121,7 @@ impl Sequence {
     /// Gives all blocks back; everything has to be computed again, unless it is found again.
     pub fn release(&mut self, blocks: &mut Blocks) {
         blocks.release(&std::mem::take(&mut self.table));
-        self.named = (0, start(self.group.member));
+        self.named = (0, self.group.chain);
         (self.computed, self.scheduled, self.drafting) = (0, 0, 0);
         self.drafts.clear();
         if !self.prompt_read {

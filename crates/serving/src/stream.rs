@@ -79,11 +79,11 @@ impl RequestStream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::params::{Request, SamplingParams};
+    use crate::params::Request;
 
     #[test]
     fn an_engine_that_is_gone_still_ends_every_choice_once() {
-        let request = Request { prompt: vec![1, 2], params: SamplingParams::default(), member: 0, n: 2, request_id: String::new() };
+        let request = Request { prompt: vec![1, 2], n: 2, ..Request::default() };
         let (output, receiver) = tokio::sync::mpsc::unbounded_channel();
         let mut stream = RequestStream::new(receiver, Arc::new(SequenceGroup::new(request)));
         let finished = OutputKind::Finished { reason: FinishReason::Length, usage: Usage::default(), queued: Duration::ZERO };

@@ -25,7 +25,8 @@ pub struct Target {
     pub member: usize,
 }
 
-/// The model that a request names, and the name to answer with. Without a name it is the one that is served.
+/// The model that a request names, and the name to answer with. Without a name it is the one that is served; without a form, under pressure, a thinner
+/// one of it.
 ///
 /// # Errors
 /// 400 for a name that is no string, 404 for one that is not served, 503 while there is no model or no more requests are taken.
@@ -35,13 +36,15 @@ pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<Target, ApiError> 
         return Err(ApiError::unavailable("the server is shutting down"));
     }
     let Some(served) = app.slot.current() else { return Err(ApiError::unavailable("the model is still loading")) };
-    match name {
-        Some(name) => match app.member(&served, name) {
-            Some(member) => Ok(Target { served, name: name.to_string(), member }),
-            None => Err(ApiError::model_not_found(name)),
-        },
-        None => Ok(Target { served, name: app.names()[0].clone(), member: 0 }),
-    }
+    let name = name.unwrap_or(&app.names()[0]);
+    let Some(member) = app.member(&served, name) else { return Err(ApiError::model_not_found(name)) };
+    let level = app.pressure.as_ref().filter(|_| member == 0).map_or(0, |pressure| pressure.level(served.forms.len()));
+    app.metrics.elastic_level(level);
+    let (name, member) = match served.thinner(level) {
+        Some(form) => (format!("{name}@{}", form.name), served.member(Some(&form.name)).unwrap_or(member)),
+        None => (name.to_string(), member),
+    };
+    Ok(Target { served, name, member })
 }
 
 /// Token ids of a text, without keeping other requests waiting.
@@ -144,13 +147,22 @@ impl Admission<'_> {
         if prompts.len() > most {
             return Err(ApiError::invalid("prompt", format!("prompt: {} prompts are more than this server can ever take at once, {most}", prompts.len())));
         }
+        let bad_words = self.answer.bad_words.iter().map(|word| self.served.spellings(word)).collect::<Result<Vec<_>, _>>();
+        let bad_words = bad_words.map_err(|message| ApiError::invalid("bad_words", format!("bad_words can't be tokenized: {message}")))?.concat();
         let lengths = prompts.iter().map(|p| self.max_tokens.resolve(p.tokens.len(), limit)).collect::<Result<Vec<_>, _>>()?;
         let mut submitted = Vec::with_capacity(prompts.len());
         for (prompt, max_tokens) in prompts.into_iter().zip(lengths) {
-            let params = SamplingParams { max_tokens, ..self.params.clone() };
+            let params = SamplingParams { max_tokens, bad_words: bad_words.clone(), ..self.params.clone() };
             let scored = params.prompt_logprobs.is_some();
-            let request =
-                Request { prompt: prompt.tokens.clone(), params, member: self.member, n: self.answer.best_of, request_id: self.request_id.to_string() };
+            let request = Request {
+                prompt: prompt.tokens.clone(),
+                params,
+                member: self.member,
+                n: self.answer.best_of,
+                request_id: self.request_id.to_string(),
+                priority: self.answer.priority,
+                cache_salt: self.answer.cache_salt.clone(),
+            };
             let stream = self.served.engine.submit(request).map_err(|error| self.refused(error))?;
             self.app.metrics.admitted(prompt.tokens.len(), max_tokens, self.answer.n);
             submitted.push(Submitted { stream, tokens: prompt.tokens, echo: prompt.echo, scored });

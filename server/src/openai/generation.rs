@@ -5,6 +5,7 @@ use crate::app::App;
 use crate::openai::choice::{Choice, Progress};
 use crate::openai::errors::ApiError;
 use crate::openai::sampling::AnswerOptions;
+use crate::pressure::Wait;
 use crate::rate_limit::Account;
 use crate::served::Served;
 use crate::traces::GenerationAttributes;
@@ -121,6 +122,8 @@ pub struct Generation {
     /// The end of the server's patience.
     stopping: Pin<Box<dyn Future<Output = ()> + Send>>,
     failed: bool,
+    /// The wait for the first token, if somebody follows it.
+    wait: Option<Wait>,
     /// Who pays for the tokens, if they are counted.
     account: Option<Arc<Account>>,
     /// The request's.
@@ -142,6 +145,7 @@ impl Generation {
         let parts: Vec<Part> = prompts.into_iter().map(part).collect();
         let shutdown = app.shutdown.clone();
         let deadline = app.config.request_timeout().map(|limit| Box::pin(tokio::time::sleep_until((arrived + limit).into())));
+        let wait = app.pressure.as_ref().map(|pressure| pressure.wait(arrived));
         let stopping = Box::pin(async move { shutdown.stopping().await });
         let mut generation = Self {
             app,
@@ -154,6 +158,7 @@ impl Generation {
             deadline,
             stopping,
             failed: false,
+            wait,
             account: Account::current(),
             span: Span::current(),
         };
@@ -287,6 +292,9 @@ impl Generation {
         let progress = match kind {
             OutputKind::Token { id, logprobs, is_stop } => {
                 let first_of_request = choice_index == 0;
+                if let Some(wait) = self.wait.take() {
+                    wait.came();
+                }
                 choice.token(Token { id, logprobs }, is_stop, metrics, first_of_request)
             }
             OutputKind::Finished { reason: FinishReason::Error(message), .. } => {

@@ -8,9 +8,11 @@ use serde_json::Value;
 
 /// Most stop strings of one request (OpenAI takes 4).
 const MAX_STOPS: usize = 4;
+/// Most words of `bad_words`.
+const MAX_BAD_WORDS: usize = 1024;
 
 /// Fields that change what is generated and that this version can't honour: better refused than ignored.
-const UNSUPPORTED: [(&str, &str); 10] = [
+const UNSUPPORTED: [(&str, &str); 9] = [
     ("suffix", "text after the completion (fill in the middle) is not supported"),
     ("use_beam_search", "beam search is not supported; use n or best_of"),
     ("prompt_embeds", "prompts as embeddings are not supported"),
@@ -20,10 +22,9 @@ const UNSUPPORTED: [(&str, &str); 10] = [
     ("guided_choice", "use structured_outputs: {\"choice\": …}"),
     ("guided_grammar", "use structured_outputs: {\"grammar\": …}"),
     ("grammar", "use structured_outputs: {\"grammar\": …}"),
-    ("bad_words", "bad_words is not supported; logit_bias can ban single tokens"),
 ];
 
-/// How the generated tokens become an answer. Everything that the engine doesn't need to know.
+/// How a request waits for its turn, and how the generated tokens become an answer.
 #[derive(Debug, Clone, Default)]
 pub struct AnswerOptions {
     /// Choices to answer with.
@@ -40,6 +41,12 @@ pub struct AnswerOptions {
     pub return_token_ids: bool,
     /// vLLM's `return_tokens_as_token_ids`: logprobs name tokens `token_id:N`.
     pub tokens_as_ids: bool,
+    /// Words that may not come.
+    pub bad_words: Vec<String>,
+    /// vLLM's: who waits with a lower number comes first ([`evop_serving::Request::priority`]).
+    pub priority: i32,
+    /// vLLM's: whose prompts may be found in the cache.
+    pub cache_salt: Option<String>,
     /// If the answer is streamed, how.
     pub stream: Option<StreamOptions>,
 }
@@ -148,8 +155,18 @@ pub fn answer_options(fields: &Fields<'_>) -> Result<AnswerOptions, ApiError> {
         skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
         return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
         tokens_as_ids: fields.bool("return_tokens_as_token_ids")?.unwrap_or(false),
+        bad_words: fields.strings("bad_words", MAX_BAD_WORDS)?.into_iter().filter(|word| !word.trim().is_empty()).collect(),
+        priority: fields.integer("priority", i64::from(i32::MIN)..=i64::from(i32::MAX))?.map_or(0, |priority| priority as i32),
+        cache_salt: cache_salt(fields)?,
         stream: stream.then_some(options),
     })
+}
+
+fn cache_salt(fields: &Fields<'_>) -> Result<Option<String>, ApiError> {
+    match fields.string("cache_salt")? {
+        Some("") => Err(ApiError::invalid("cache_salt", "cache_salt: expected a string that isn't empty, or no cache_salt")),
+        salt => Ok(salt.map(str::to_string)),
+    }
 }
 
 /// `truncate_prompt_tokens`: how many tokens of a prompt's end to keep.
@@ -203,12 +220,22 @@ mod tests {
 
     #[test]
     fn what_would_change_the_answer_is_refused_by_name() {
-        for (name, value) in [("suffix", json!("end")), ("use_beam_search", json!(true)), ("guided_regex", json!("a")), ("bad_words", json!(["x"]))] {
+        for (name, value) in [("suffix", json!("end")), ("use_beam_search", json!(true)), ("guided_regex", json!("a"))] {
             let body = object(json!({name: value}));
             assert_eq!(param(&refuse_unsupported(&Fields::new(&body)).unwrap_err()), name);
         }
-        let body = object(json!({"suffix": "", "use_beam_search": false, "bad_words": [], "response_format": {"type": "text"}}));
+        let body = object(json!({"suffix": "", "use_beam_search": false, "response_format": {"type": "text"}}));
         assert!(refuse_unsupported(&Fields::new(&body)).is_ok());
+    }
+
+    #[test]
+    fn a_request_says_when_it_is_its_turn_and_who_may_share_its_prompt() {
+        let read = |value: Value| answer_options(&Fields::new(&object(value)));
+        let options = read(json!({"priority": -3, "cache_salt": "tenant", "bad_words": ["no", " "]})).unwrap();
+        assert_eq!((options.priority, options.cache_salt.as_deref(), options.bad_words), (-3, Some("tenant"), vec!["no".to_string()]));
+        for (name, value) in [("priority", json!(1u64 << 40)), ("cache_salt", json!("")), ("bad_words", json!([1]))] {
+            assert_eq!(param(&read(json!({name: value})).unwrap_err()), name);
+        }
     }
 
     #[test]

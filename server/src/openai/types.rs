@@ -42,7 +42,7 @@ pub struct Head {
     pub object: &'static str,
     /// Seconds since 1970.
     pub created: u64,
-    /// The model as the request named it.
+    /// The model as the request named it, and its form.
     pub model: String,
     /// Changes with what is served.
     pub system_fingerprint: String,
@@ -52,7 +52,8 @@ impl Head {
     /// A new answer of this model.
     pub fn new(prefix: &str, object: &'static str, model: String, served: &Served) -> Self {
         let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
-        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created, model, system_fingerprint: served.fingerprint() }
+        let system_fingerprint = served.fingerprint(&model);
+        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created, model, system_fingerprint }
     }
 }
 

@@ -49,6 +49,33 @@ fn what_an_earlier_prompt_had_too_is_not_read_again_and_counted() {
 }
 
 #[test]
+fn a_bad_word_does_not_come_and_the_rest_stays_as_it_was_up_to_there() {
+    let server = Server::start(&[]);
+    let complete = |bad_words: Value| {
+        let body = json!({"prompt": "It was a dark night, and", "max_tokens": 40, "temperature": 0, "bad_words": bad_words});
+        server.complete(&body).ok()["choices"][0]["text"].as_str().unwrap().to_string()
+    };
+    let free = complete(json!([]));
+    let word = free.split_whitespace().nth(3).unwrap();
+    let without = complete(json!([word]));
+    assert!(!without.split_whitespace().any(|w| w == word), "{word:?} in {without:?}");
+    let before = free.find(&format!(" {word}")).unwrap();
+    assert_eq!(without[..before], free[..before]);
+}
+
+#[test]
+fn prompts_are_shared_only_under_one_salt() {
+    let server = Server::start(&[]);
+    let prompt = "The captain looked at the map for a long time and then told them that they would sail north at dawn. ".repeat(6);
+    let cached = |salt: Value| {
+        let body = json!({"prompt": prompt, "max_tokens": 2, "cache_salt": salt, "priority": -1});
+        server.complete(&body).ok()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let found = [json!("a"), json!("b"), json!(null), json!("a"), json!(null)].map(cached);
+    assert_eq!(found.map(|tokens| tokens > 64), [false, false, false, true, true], "{found:?}");
+}
+
+#[test]
 fn a_stream_says_the_same_as_the_whole_answer() {
     let server = Server::start(&[]);
     for extra in [

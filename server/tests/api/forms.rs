@@ -56,6 +56,34 @@ fn a_form_that_drafts_leaves_the_answer_as_it_is() {
 }
 
 #[test]
+fn under_pressure_requests_without_a_form_get_a_thinner_one_and_the_answer_says_so() {
+    let files = tempfile::tempdir().unwrap();
+    let thin = format!("25={}", pattern(files.path(), "a.json", &[5], &[3, 7, 8]).display());
+    let thinner = format!("50={}", pattern(files.path(), "b.json", &[2, 5, 8], &[1, 3, 6, 7, 9]).display());
+    // no first token is there in a microsecond
+    let server = Server::start(&["--pattern", &thinner, "--pattern", &thin, "--elastic", "p99_ttft=0.001ms"]);
+    let mut answered: Vec<(String, String)> = Vec::new();
+    for _ in 0..200 {
+        let answer = complete(&server, "evop-tiny");
+        let found = (answer["model"].as_str().unwrap().to_string(), answer["system_fingerprint"].as_str().unwrap().to_string());
+        if answered.last() != Some(&found) {
+            answered.push(found);
+        }
+        if answered.len() == 3 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let models: Vec<&str> = answered.iter().map(|(model, _)| model.as_str()).collect();
+    assert_eq!(models, ["evop-tiny", "evop-tiny@25", "evop-tiny@50"], "one step after the other, by what they keep");
+    assert!(answered[0].1 != answered[1].1 && answered[1].1 != answered[2].1);
+    assert_eq!(server.metric("evop_elastic_level"), 2.0);
+    // who names a form gets it
+    assert_eq!(complete(&server, "evop-tiny@25")["model"], "evop-tiny@25");
+    assert_eq!(complete(&server, "evop-tiny@25")["system_fingerprint"].as_str(), Some(answered[1].1.as_str()));
+}
+
+#[test]
 fn forms_that_cannot_be_are_refused_at_the_start() {
     let files = tempfile::tempdir().unwrap();
     let good = pattern(files.path(), "a.json", &[5], &[3]).display().to_string();
@@ -72,5 +100,7 @@ fn forms_that_cannot_be_are_refused_at_the_start() {
     assert!(fails(&["--pattern", &named("a", part.to_str().unwrap())]).contains("use a pattern of whole sub-blocks"));
     assert!(fails(&["--pattern", &named("a", "nowhere.json")]).contains("nowhere.json"));
     assert!(fails(&["--speculate", "b", "--pattern", &named("a", &good)]).contains("--speculate b: there is no such form"));
+    assert!(fails(&["--elastic", "p99_ttft=1s"]).contains("--elastic: there is no thinner form"));
+    assert!(fails(&["--elastic", "fast", "--pattern", &named("a", &good)]).contains("p99_ttft=500ms"));
     assert!(fails(&["--pattern", "no name"]).contains("FORM=FILE"));
 }

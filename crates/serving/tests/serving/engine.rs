@@ -29,7 +29,7 @@ fn greedy(max_tokens: usize) -> SamplingParams {
 }
 
 pub fn request(prompt: Vec<u32>, params: SamplingParams) -> Request {
-    Request { prompt, params, member: 0, n: 1, request_id: "test".into() }
+    Request { prompt, params, request_id: "test".into(), ..Request::default() }
 }
 
 pub fn prompt(text: &str) -> Vec<u32> {
