@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Is `evop eval --tasks` lm-evaluation-harness, item by item?
 
-usage: lm_eval_tasks.py EVOP MODEL_DIR [TASK.jsonl[.gz] ...] [--limit N] [--golden FILE]
+usage: lm_eval_tasks.py EVOP MODEL_DIR [TASK.jsonl[.gz] ...] [--limit N] [--golden FILE] [--api]
 
 Runs each task through `lm_eval` (model type hf, float32, on the CPU) and through `evop eval`, and compares every log-probability, greedy flag and
 prediction, and the scores with their standard errors. Without tasks: a hundred questions of the bundled set, texts of theirs in the other two
 schemas, and cases that are easily got wrong. Needs no network. Prints a line a task; the exit status is 1 where something differs.
+--api lets the harness ask `evop serve` instead (model type local-completions): the tasks must have a context in every item.
 --golden writes the harness's results, for tests without it: tests/goldens/lm_eval.json is that of models/tiny with --limit 12.
 """
 import argparse
@@ -15,9 +16,12 @@ import json
 import math
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 
 BOOKS = pathlib.Path(__file__).resolve().parents[2] / "models/tiny/continuations.jsonl.gz"
 LOGPROB_TOLERANCE = 1e-3
@@ -92,17 +96,39 @@ def harness_task(name, items, work):
     return config["task"], metrics
 
 
-def run_harness(model, tasks, work, limit):
+@contextlib.contextmanager
+def served(evop, model, work):
+    """Arguments of the harness's local-completions for a server of the model, in float32 on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [evop, "serve", "--model", str(model), "--served-model-name", "served", "--dtype", "f32", "--device", "cpu", "--admin-addr", "off",
+               "--port", url.rsplit(":", 1)[1], "--data-dir", str(work / "data")]
+    with open(work / "server.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        while subprocess.run([evop, "health", "--url", f"{url}/ready"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+            if server.poll() is not None:
+                sys.exit((work / "server.log").read_text())
+            time.sleep(0.1)
+        with urllib.request.urlopen(f"{url}/v1/models/served") as answer:
+            max_length = json.load(answer)["max_model_len"]
+        yield {"model": "served", "base_url": f"{url}/v1/completions", "tokenizer": str(model), "tokenizer_backend": "huggingface", "num_concurrent": 8,
+               "max_length": max_length}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run_harness(kind, arguments, tasks, work, limit):
     # before the import: these are read when it happens
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(work / "cache"), "DISABLE_MULTIPROC": "1",
                    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     import lm_eval
     from lm_eval.tasks import TaskManager
-    # without its cache: that takes the wrong rows where two tasks split one text at different places
-    arguments = {"pretrained": str(model), "dtype": "float32", "device": "cpu", "logits_cache": False}
     with open(work / "log", "w") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
         return lm_eval.__version__, lm_eval.simple_evaluate(
-            model="hf", model_args=arguments, tasks=tasks, limit=limit, batch_size=8, bootstrap_iters=2, log_samples=True,
+            model=kind, model_args=arguments, tasks=tasks, limit=limit, batch_size=8, bootstrap_iters=2, log_samples=True,
             task_manager=TaskManager(include_path=str(work), include_defaults=False))
 
 
@@ -173,7 +199,7 @@ def golden(files, limit, tasks, harness):
     return {file.name: task(file, name, metrics) for file, (name, metrics) in zip(files, tasks, strict=True)}
 
 
-def main(evop, model, files, limit, golden_file):
+def main(evop, model, files, limit, golden_file, api):
     with tempfile.TemporaryDirectory() as directory:
         work = pathlib.Path(directory)
         files = files or made_tasks(work)
@@ -183,8 +209,12 @@ def main(evop, model, files, limit, golden_file):
         command = [evop, "eval", "--model", str(model), "--device", "cpu", "--json", "--items", str(items), "--tasks", ",".join(map(str, files))]
         summary = json.loads(subprocess.run(command + (["--limit", str(limit)] if limit else []), check=True, stdout=subprocess.PIPE).stdout)
         lines = read(items)
-        version, harness = run_harness(model, [task for task, _ in configured], work, limit)
-        print(f"lm-evaluation-harness {version}, {model}")
+        # without its cache: that takes the wrong rows where two tasks split one text at different places
+        itself = contextlib.nullcontext({"pretrained": str(model), "dtype": "float32", "device": "cpu", "logits_cache": False})
+        kind = "local-completions" if api else "hf"
+        with served(evop, model, work) if api else itself as arguments:
+            version, harness = run_harness(kind, arguments, [task for task, _ in configured], work, limit)
+        print(f"lm-evaluation-harness {version}, {kind}, {model}")
         if golden_file:
             made = {"lm_eval": version, "tasks": golden(files, limit, configured, harness)}
             golden_file.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
@@ -200,5 +230,6 @@ if __name__ == "__main__":
     parser.add_argument("tasks", nargs="*", type=pathlib.Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--golden", type=pathlib.Path)
+    parser.add_argument("--api", action="store_true")
     args = parser.parse_args()
-    main(args.evop, args.model, args.tasks, args.limit, args.golden)
+    main(args.evop, args.model, args.tasks, args.limit, args.golden, args.api)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a checkpoint on a free port with a key, and runs the scripts of the official openai client against it; then compares evop eval with lm-evaluation-harness, and smaller vocabularies with their parents.
+# Serves a checkpoint on a free port with a key, and runs the scripts of openai's, litellm's and langchain's clients against it; then compares evop eval with lm-evaluation-harness, and smaller vocabularies with their parents.
 # usage: run.sh PYTHON EVOP MODEL_DIR
 set -euo pipefail
 python=$1 evop=$2 model=$3
@@ -16,7 +16,9 @@ for _ in $(seq 200); do
 done
 "$python" "$here/openai_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
 "$python" "$here/structured_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
+"$python" "$here/frameworks_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
 "$python" "$here/lm_eval_tasks.py" "$evop" "$here/../../models/tiny"
+"$python" "$here/lm_eval_tasks.py" "$evop" "$here/../../models/tiny" "$here/../../models/tiny/continuations.jsonl.gz" --limit 100 --api
 books=$here/../../models/tiny/calibration.txt.gz
 "$python" "$here/vocabulary.py" "$evop" "$books" "$here/../../models/tiny"
 gzip -dc "$books" | sed -n 1,25p > "$work/text.txt"

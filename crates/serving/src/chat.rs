@@ -132,6 +132,10 @@ fn normalised(messages: &Value) -> Result<Vec<Value>, ChatError> {
         };
         // as transformers does: templates handle a missing key, but write None for a null one
         message.retain(|_, value| !value.is_null());
+        // clients send none beside calls, and many templates put a message together with `+`
+        if message.contains_key("tool_calls") && !message.contains_key("content") {
+            message.insert("content".into(), "".into());
+        }
         if let Some(content) = message.get_mut("content")
             && let Value::Array(parts) = content
         {
@@ -244,10 +248,10 @@ mod tests {
     }
 
     #[test]
-    fn tool_call_arguments_given_as_openais_string_are_an_object_to_the_template() {
-        let renderer = renderer("{{ messages[0].tool_calls[0].function.arguments.city }}{{ messages[0].content is defined }}");
+    fn tool_call_arguments_given_as_openais_string_are_an_object_to_the_template_and_no_content_is_an_empty_one() {
+        let renderer = renderer("{{ messages[0].tool_calls[0].function.arguments.city + messages[0].content }}");
         let messages = json!([{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "f", "arguments": "{\"city\": \"Bern\"}"}}]}]);
-        assert_eq!(renderer.render(&ChatInput::new(&messages)).unwrap(), "BernFalse");
+        assert_eq!(renderer.render(&ChatInput::new(&messages)).unwrap(), "Bern");
     }
 
     #[test]

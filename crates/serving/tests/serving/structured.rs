@@ -35,7 +35,7 @@ fn defaults() -> EngineConfig {
 }
 
 fn submit(engine: &EngineHandle, text: &str, params: SamplingParams, n: usize) -> RequestStream {
-    engine.submit(Request { prompt: CHECKPOINT.encode(text, true).unwrap(), params, member: 0, n, request_id: "test".into() }).unwrap()
+    engine.submit(Request { prompt: CHECKPOINT.encode(text, true).unwrap(), params, n, request_id: "test".into(), ..Request::default() }).unwrap()
 }
 
 /// Tokens, text and end of every choice.
