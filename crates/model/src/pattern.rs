@@ -29,16 +29,17 @@ impl Pattern {
     /// # Errors
     /// [`Error::Pattern`] when the number of layers differs or a gene keeps more than there is.
     pub fn new(layers: Vec<Gene>, parent: &Config) -> Result<Self> {
+        Self::fitting(layers, parent).map_err(Error::Pattern)
+    }
+
+    fn fitting(layers: Vec<Gene>, parent: &Config) -> std::result::Result<Self, String> {
         if layers.len() != parent.num_layers() {
-            return Err(Error::Pattern(format!("expected {} layers, found {}", parent.num_layers(), layers.len())));
+            return Err(format!("expected {} layers, found {}", parent.num_layers(), layers.len()));
         }
         for (i, (gene, layer)) in layers.iter().zip(&parent.layers).enumerate() {
             let LayerShape { kv_groups, ffn, .. } = layer.shape;
             if gene.kv_groups > kv_groups || gene.ffn > ffn {
-                return Err(Error::Pattern(format!(
-                    "layer {i}: expected at most {kv_groups} key/value groups and {ffn} channels, found {} and {}",
-                    gene.kv_groups, gene.ffn
-                )));
+                return Err(format!("layer {i}: expected at most {kv_groups} key/value groups and {ffn} channels, found {} and {}", gene.kv_groups, gene.ffn));
             }
         }
         Ok(Self { layers })
@@ -52,7 +53,7 @@ impl Pattern {
         let named = |why: &dyn std::fmt::Display| Error::Pattern(format!("{}: {why}", file.display()));
         let text = std::fs::read(file).map_err(|e| named(&e))?;
         let genes = serde_json::from_slice(&text).map_err(|e| named(&format_args!("expected a list of {{\"kv_groups\", \"ffn\"}}, one a layer: {e}")))?;
-        Self::new(genes, parent).map_err(|e| named(&e))
+        Self::fitting(genes, parent).map_err(|e| named(&e))
     }
 
     /// Everything kept.

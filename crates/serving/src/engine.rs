@@ -250,7 +250,7 @@ impl Engine {
         }
     }
 
-    /// Sends what the step made. Returns the number of its tokens.
+    /// Sends what the step made. Returns the number of its tokens that could have been guessed.
     fn emit(&mut self) -> usize {
         let mut made = 0;
         self.shared.steps.fetch_add(1, Relaxed);
@@ -265,7 +265,7 @@ impl Engine {
                 self.shared.draft_tokens.fetch_add(advanced.drafts as u64, Relaxed);
                 self.shared.accepted_tokens.fetch_add(advanced.generated_tokens.saturating_sub(1) as u64, Relaxed);
             }
-            made += advanced.generated_tokens;
+            made += if sequence.takes_drafts() { advanced.generated_tokens } else { 0 };
         }
         self.finish();
         made

@@ -188,21 +188,23 @@ impl Scheduler {
         None
     }
 
-    /// Plans a step: [`Self::share_out`], and where every sequence decodes so many drafts for each, as far as there are blocks. `drafts` is told how many
-    /// sequences there are. Returns the step without drafts.
+    /// Plans a step: [`Self::share_out`], and where every sequence decodes so many drafts for each, as far as there are blocks and the step has room.
+    /// `drafts` is told how many sequences take drafts. Returns the step without drafts.
     pub fn schedule(&mut self, drafts: impl FnOnce(usize) -> usize) -> Step {
         let step = self.share_out();
         let decoding = self.running.iter().filter(|s| s.may_draft() > 0).count();
         if decoding > 0 && self.running.iter().all(|s| s.scheduled == 1 && s.is_decoding()) {
             let drafts = drafts(decoding);
+            let mut room = self.limits.max_batch_tokens.saturating_sub(step.decoding);
             let Self { running, blocks, .. } = self;
             for sequence in running {
-                let wanted = drafts.min(sequence.may_draft());
+                let wanted = drafts.min(sequence.may_draft()).min(room);
                 let lacking = sequence.lacks(sequence.computed + 1 + wanted);
                 // nobody gives way to a guess
                 if wanted > 0 && lacking <= blocks.available() {
                     sequence.table.extend((0..lacking).filter_map(|_| blocks.take()));
                     sequence.drafting = wanted;
+                    room -= wanted;
                 }
             }
         }
@@ -359,6 +361,17 @@ mod tests {
         scheduler.pace.observe(1, 0, Duration::from_millis(20));
         scheduler.pace.observe(0, 100, Duration::from_millis(100));
         assert_eq!(scheduler.schedule(|_| 0), Step { decoding: 1, prompt_tokens: 20 });
+    }
+
+    #[test]
+    fn drafts_take_the_room_that_the_step_has() {
+        let mut scheduler = Scheduler::new(LIMITS, 100);
+        let _receivers = [2, 2, 2].map(|n| submit(&mut scheduler, vec![1; n], 9, 1));
+        assert_eq!(admit(&mut scheduler), 3);
+        assert_eq!(step(&mut scheduler), [2, 2, 2]);
+        assert_eq!(scheduler.schedule(|sequences| sequences + 1), Step { decoding: 3, prompt_tokens: 0 });
+        let drafting: Vec<usize> = scheduler.running.iter().map(|s| s.drafting).collect();
+        assert_eq!(drafting, [4, 1, 0], "eight tokens a step");
     }
 
     #[test]

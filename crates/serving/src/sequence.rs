@@ -171,10 +171,15 @@ impl Sequence {
         self.tokens[self.computed..self.computed + self.scheduled].iter().chain(&self.drafts).copied()
     }
 
-    /// How many tokens may be guessed beyond the next one. A grammar needs each token before it can say what may follow.
+    /// Whether its tokens may be guessed at all. A grammar needs each token before it can say what may follow.
+    pub fn takes_drafts(&self) -> bool {
+        self.group.member == 0 && self.group.params.grammar.is_none()
+    }
+
+    /// How many tokens may be guessed beyond the next one.
     pub fn may_draft(&self) -> usize {
         let left = self.group.params.max_tokens.saturating_sub(self.generated() + 1);
-        if self.group.member == 0 && self.is_decoding() && self.group.params.grammar.is_none() { left } else { 0 }
+        if self.takes_drafts() && self.is_decoding() { left } else { 0 }
     }
 
     /// Whether a token is sampled from the current step's last row: nothing is left after it.
