@@ -1,4 +1,6 @@
 //! Fairness: chats stream, and a long prompt arrives. How much slower do they get while it is read?
+//!
+//! Chats get slower with every token of theirs, whoever else is there. So the time of the reading is held against the times before and after it.
 
 use super::client::{Answer, End, Target};
 use super::report::Percentiles;
@@ -12,8 +14,8 @@ use tokio::task::JoinSet;
 
 /// Chunks that every chat has to have before it counts: its own prompt and the others' are read by then.
 const SETTLED_CHUNKS: usize = 8;
-/// Chunks of every chat that make up the time before the intruder.
-const BEFORE_CHUNKS: usize = 48;
+/// Chunks of every chat that make up the time before the intruder, and the time after it.
+const AROUND_CHUNKS: usize = 48;
 
 /// The scenario.
 #[derive(Debug, Clone)]
@@ -34,7 +36,9 @@ pub struct Round {
     pub before: Percentiles,
     /// And from then to its first token.
     pub during: Percentiles,
-    /// The 99th percentiles' ratio.
+    /// And after it.
+    pub after: Percentiles,
+    /// The 99th percentile during, over the mean of those before and after.
     pub ratio_p99: f64,
     /// The long prompt's time to first token among the chats, in milliseconds.
     pub first_token: f64,
@@ -76,11 +80,10 @@ impl Scenario {
         until_all_have(&mut chats, &arrivals, SETTLED_CHUNKS).await?;
         let settled = Instant::now();
         let had = arrivals.iter().map(|a| locked(a).len()).max().unwrap_or(0);
-        until_all_have(&mut chats, &arrivals, had + BEFORE_CHUNKS).await?;
+        until_all_have(&mut chats, &arrivals, had + AROUND_CHUNKS).await?;
         let intruder = self.intrude(series, 1).await?;
-        if chats.try_join_next().is_some() {
-            bail!("a chat ended while the long prompt was read: give chats more tokens (--chat-tokens)");
-        }
+        let had = arrivals.iter().map(|a| locked(a).len()).max().unwrap_or(0);
+        until_all_have(&mut chats, &arrivals, had + AROUND_CHUNKS).await?;
         // whoever still streams hangs up
         drop(chats);
         let first = intruder.chunks.first().copied().unwrap_or(intruder.ended);
@@ -89,12 +92,15 @@ impl Scenario {
             let gaps = arrivals.iter().flat_map(|a| a.windows(2).filter(|pair| pair[1] > from && pair[1] <= to).map(|pair| pair[1] - pair[0]));
             Percentiles::of(gaps.collect())
         };
-        let (Some(before), Some(during)) = (gaps(settled, intruder.sent), gaps(intruder.sent, first)) else {
+        let (Some(before), Some(during), Some(after)) =
+            (gaps(settled, intruder.sent), gaps(intruder.sent, first), gaps(intruder.ended, Instant::now()))
+        else {
             bail!("no chat got a token while the long prompt was read");
         };
+        let ratio_p99 = during.p99 / f64::midpoint(before.p99, after.p99);
         let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
         let first_of = |answer: &Answer| milliseconds(answer.chunks.first().copied().unwrap_or(answer.ended) - answer.sent);
-        Ok(Round { before, during, ratio_p99: during.p99 / before.p99, first_token: first_of(&intruder), first_token_alone: first_of(&alone) })
+        Ok(Round { before, during, after, ratio_p99, first_token: first_of(&intruder), first_token_alone: first_of(&alone) })
     }
 
     async fn intrude(&self, series: u32, number: u64) -> Result<Answer> {
@@ -113,7 +119,7 @@ async fn until_all_have(chats: &mut JoinSet<Answer>, arrivals: &[Arrivals], chun
             return Ok(());
         }
         if let Some(ended) = chats.try_join_next() {
-            bail!("a chat ended before the long prompt came: {:?}", ended?.end);
+            bail!("a chat ended before, while or soon after the long prompt was read ({:?}): give chats more tokens (--chat-tokens)", ended?.end);
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
@@ -122,15 +128,20 @@ async fn until_all_have(chats: &mut JoinSet<Answer>, arrivals: &[Arrivals], chun
 /// The rounds as a table.
 pub fn print(chats: usize, intruder_tokens: usize, rounds: &[Round]) {
     println!("{chats} chats stream, a prompt of {intruder_tokens} tokens arrives; milliseconds between tokens");
-    println!("{:>7}{:>12}{:>12}{:>12}{:>12}{:>12}{:>16}{:>10}", "round", "before p50", "p99", "during p50", "p99", "p99 ratio", "its first token", "alone");
+    println!(
+        "{:>7}{:>12}{:>8}{:>12}{:>8}{:>12}{:>8}{:>12}{:>17}{:>8}",
+        "round", "before p50", "p99", "during p50", "p99", "after p50", "p99", "p99 ratio", "its first token", "alone"
+    );
     for (number, r) in rounds.iter().enumerate() {
         println!(
-            "{:>7}{:>12.1}{:>12.1}{:>12.1}{:>12.1}{:>11.2}x{:>16.0}{:>10.0}",
+            "{:>7}{:>12.1}{:>8.1}{:>12.1}{:>8.1}{:>12.1}{:>8.1}{:>11.2}x{:>17.0}{:>8.0}",
             number + 1,
             r.before.p50,
             r.before.p99,
             r.during.p50,
             r.during.p99,
+            r.after.p50,
+            r.after.p99,
             r.ratio_p99,
             r.first_token,
             r.first_token_alone
