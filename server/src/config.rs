@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use evop_model::device::DeviceChoice;
-use evop_model::{DType, Device, WeightType};
+use evop_model::{Checkpoint, DType, Device, WeightType};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -161,15 +161,20 @@ impl FromStr for FormFile {
 /// What `--dtype` may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
-    /// bf16 on CUDA; on the CPU f32, or q8_0 to serve.
+    /// bf16 on CUDA; on the CPU a GGUF's own types, and of a directory f32, or q8_0 to serve. Pruning: f32.
     Auto,
     /// 32-bit floats.
     F32,
     /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX).
     Bf16,
-    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only. Runs and measures a model; pruning needs f32 or bf16.
+    /// 16-bit floats; on the CPU for the weights, with activations and sums in f32.
+    F16,
+    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only. Runs and measures a model; pruning needs f32, bf16 or f16.
     #[value(name = "q8_0")]
     Q8_0,
+    /// 4-bit blocks, the head in 6 bits, rounded as the model is loaded unless a GGUF has them; rows that are no multiple of 256 weights are q5_0, the head's q8_0. CPU only, as q8_0.
+    #[value(name = "q4_k")]
+    Q4K,
 }
 
 impl DTypeChoice {
@@ -178,9 +183,14 @@ impl DTypeChoice {
         Self::from_str(name, true).unwrap_or(Self::Auto)
     }
 
-    /// What matrices are to be held in while they are served: 8-bit blocks on a CPU, unless it was said.
-    pub fn weights_to_serve(self, device: &Device) -> Option<WeightType> {
-        self.weights().or(device.is_cpu().then_some(WeightType::Q8_0))
+    /// What matrices are to be held in while they are served: on a CPU a GGUF's as they are, others in 8-bit blocks, unless it was said.
+    pub fn weights_to_serve(self, device: &Device, checkpoint: &Checkpoint) -> Option<WeightType> {
+        self.weights_to_run(device, checkpoint).or(device.is_cpu().then_some(WeightType::Q8_0))
+    }
+
+    /// What matrices are to be held in where they don't change: on a CPU a GGUF's as they are, unless it was said.
+    pub fn weights_to_run(self, device: &Device, checkpoint: &Checkpoint) -> Option<WeightType> {
+        self.weights().or((device.is_cpu() && checkpoint.source().keeps_types()).then_some(WeightType::Stored))
     }
 
     /// What matrices are to be held in, if it was said.
@@ -189,7 +199,9 @@ impl DTypeChoice {
             Self::Auto => None,
             Self::F32 => Some(DType::F32.into()),
             Self::Bf16 => Some(DType::BF16.into()),
+            Self::F16 => Some(DType::F16.into()),
             Self::Q8_0 => Some(WeightType::Q8_0),
+            Self::Q4K => Some(WeightType::Q4K),
         }
     }
 }

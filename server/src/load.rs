@@ -7,7 +7,7 @@ use crate::memory;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
 use evop_model::device::weight_type;
-use evop_model::{Checkpoint, DType, Decoder, Device, WeightType};
+use evop_model::{Checkpoint, DType, Decoder, Device, WeightType, held_in_words};
 use evop_serving::{ChatRenderer, Engine, EngineConfig, TokenText};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -45,14 +45,16 @@ pub struct Identity {
 /// The device can't be had.
 pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<MemoryNeed> {
     let device = config.device.open()?;
-    let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
+    let weights = weight_type(&device, config.dtype.weights_to_serve(&device, checkpoint))?;
     if !device.is_cpu() {
         return Ok(MemoryNeed { needed_bytes: 0, available_bytes: None });
     }
     let model = checkpoint.config();
     let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
     let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(DType::F32.size_in_bytes()), |size| size.0);
-    Ok(MemoryNeed { needed_bytes: weights.bytes(model.parameters()) + cache, available_bytes: memory::available_bytes() })
+    let held = weights.of_all(model, checkpoint.source().as_ref())?;
+    let matrices: usize = held.values().map(|(_, bytes)| bytes).sum();
+    Ok(MemoryNeed { needed_bytes: matrices + cache, available_bytes: memory::available_bytes() })
 }
 
 /// Loads the weights and starts the engine. Blocks for as long as that takes.
@@ -62,7 +64,7 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
 pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -> Result<Served> {
     let start = Instant::now();
     let device = config.device.open()?;
-    let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
+    let weights = weight_type(&device, config.dtype.weights_to_serve(&device, checkpoint))?;
     let decoder = load_decoder(checkpoint, &device, weights)?;
     let model = decoder.config().clone();
     let mut engine_config = engine_config(&decoder, config)?;
@@ -82,7 +84,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         tracing::warn!(message, "chat completions are not available");
     }
     tracing::info!(
-        model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), weights = weights.as_str(),
+        model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), weights = held_in_words(&weights.of_all(&model, checkpoint.source().as_ref())?),
         max_model_len = engine_config.max_model_len, kv_bytes = engine_config.kv_budget_bytes, seconds = start.elapsed().as_secs_f32(), "model loaded"
     );
     Ok(Served {
@@ -112,6 +114,9 @@ fn thinks(checkpoint: &Checkpoint, chat: &Result<ChatRenderer, String>) -> bool 
 }
 
 fn load_decoder(checkpoint: &Checkpoint, device: &Device, weights: WeightType) -> Result<Decoder> {
+    if let Some(warning) = weights.warning(checkpoint.config(), checkpoint.source().as_ref())? {
+        tracing::warn!("{warning}");
+    }
     checkpoint.decoder(device, weights).context("the weights can't be loaded")
 }
 

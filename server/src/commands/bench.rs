@@ -53,7 +53,7 @@ pub struct MeasuredArgs {
 impl MeasuredArgs {
     /// The checkpoint or the random weights, loaded.
     pub fn load(&self) -> Result<Decoder> {
-        let Some(shape) = self.random else { return Ok(self.model.load()?.1) };
+        let Some(shape) = self.random else { return Ok(self.model.load_to_run()?.1) };
         let device = self.model.device.open()?;
         shape.decoder(&device, weight_type(&device, self.model.dtype.weights())?)
     }
@@ -175,9 +175,10 @@ fn speeds(
         let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
         let ideal = |of: &dyn Fn(&Config) -> usize| other.as_ref().map(|o| of(o.config()) as f64 / of(decoder.config()) as f64);
         let with_head = |c: &Config| c.block_parameters() + c.vocab_size * c.hidden_size;
+        let bytes = |d: &Decoder| d.multiplied_bytes() as f64;
         // (a prompt needs the head for its last token only)
         let multiplied = |c: &Config| if decoding { with_head(c) } else { c.block_parameters() };
-        let read = decoding.then(|| own[0] / *size as f64 * decoder.weight_type().bytes(with_head(decoder.config())) as f64);
+        let read = decoding.then(|| own[0] / *size as f64 * bytes(&decoder));
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
@@ -185,7 +186,7 @@ fn speeds(
             gigabytes_per_second: read.map(|r| r / 1e9),
             share_of_bandwidth: read.filter(|_| !bandwidth.is_empty()).map(|r| r / spread(bandwidth.clone())[0]),
             speed_up: against.map(|a| own[0] / a[0]),
-            ideal_by_bytes: ideal(&with_head),
+            ideal_by_bytes: other.as_ref().map(|o| bytes(o) / bytes(&decoder)),
             ideal_by_flops: ideal(&multiplied),
         });
     }
@@ -210,12 +211,10 @@ fn speeds(
     Ok(())
 }
 
-/// Another checkpoint on the same device, in the same type.
+/// Another checkpoint on the same device, in the same type if one was said.
 fn load_beside(name: &str, like: &ModelArgs) -> Result<Decoder> {
-    let device = like.device.open()?;
-    let weights = weight_type(&device, like.dtype.weights())?;
     let checkpoint = ModelSource::parse(Some(name))?.open(None).with_context(|| format!("--against {name}"))?;
-    Ok(checkpoint.decoder(&device, weights)?)
+    like.decoder_to_run(&checkpoint)
 }
 
 /// Bytes a second that all threads read together out of memory that no cache holds.

@@ -51,21 +51,21 @@ pub(crate) fn quantize(values: &[f32]) -> (f16, [i8; BLOCK]) {
 }
 
 /// Activations as 8-bit blocks.
-struct Activations {
+pub(super) struct Activations {
     /// [tokens][blocks][32].
-    numbers: Vec<i8>,
+    pub numbers: Vec<i8>,
     /// [tokens][blocks].
-    scales: Vec<f32>,
+    pub scales: Vec<f32>,
     /// -128 times the sum of a block's numbers: what the weights' offset adds, taken away.
     corrections: Vec<i32>,
-    blocks: usize,
+    pub blocks: usize,
 }
 
 /// A token's numbers and what they are made of, its scales and its corrections.
 type Row<'a> = ((&'a mut [i8], &'a [f32]), (&'a mut [f32], &'a mut [i32]));
 
 impl Activations {
-    fn new(x: &[f32], tokens: usize, k: usize) -> Self {
+    pub fn new(x: &[f32], tokens: usize, k: usize) -> Self {
         let blocks = k.div_ceil(BLOCK);
         let mut of = Self { numbers: vec![0; tokens * blocks * BLOCK], scales: vec![0.0; tokens * blocks], corrections: vec![0; tokens * blocks], blocks };
         if blocks == 0 {
@@ -191,7 +191,7 @@ fn sum_block_body(lines: &[Line], scales: &[f16; GROUP], numbers: &[i8], scale: 
 }
 
 #[cfg(target_arch = "x86_64")]
-mod vnni {
+pub(super) mod vnni {
     use super::{Activations, BLOCK, GROUP, LINES, Product};
     use std::arch::x86_64::*;
     use std::ops::Range;
@@ -262,7 +262,7 @@ mod vnni {
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx {
+pub(super) mod amx {
     use super::{Activations, BLOCK, GROUP, LINES, Product};
     use std::arch::asm;
     use std::arch::x86_64::*;
@@ -388,7 +388,7 @@ mod tests {
             let x: Vec<f32> = (0..tokens * k).map(|i| number(i * 31 + 7)).collect();
             let block = |row: usize, block: usize| quantize(&w[row * k..(row + 1) * k][block * BLOCK..k.min((block + 1) * BLOCK)]);
             let (lines, scales) = lay_out(rows, k, block);
-            let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: k.div_ceil(BLOCK), rows };
+            let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, parts: &[], row_steps: k.div_ceil(BLOCK), rows };
             let activations = Activations::new(&x, tokens, k);
             let by = |kernel: Kernel| {
                 let mut y = unfilled(tokens * rows);
@@ -421,7 +421,7 @@ mod tests {
     #[test]
     fn activations_that_are_not_finite_come_out_as_nan() {
         let (lines, scales) = lay_out(16, 64, |_, _| quantize(&[0.5; BLOCK]));
-        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: 2, rows: 16 };
+        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, parts: &[], row_steps: 2, rows: 16 };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = vec![1f32; 2 * 64];
             x[70] = bad;
@@ -440,7 +440,7 @@ mod tests {
         let (lines, scales) = lay_out(rows, k, of);
         let x: Vec<f32> = (0..tokens * narrow).map(number).collect();
         let padded: Vec<f32> = x.chunks(narrow).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, k - narrow))).collect();
-        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: 3, rows };
+        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, parts: &[], row_steps: 3, rows };
         let by = |x: &[f32], k: usize| {
             let mut y = unfilled(tokens * rows);
             multiply(x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
