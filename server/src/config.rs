@@ -26,6 +26,9 @@ pub struct ServeConfig {
     /// What to compute in.
     #[arg(long, env = "EVOP_DTYPE", value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Model")]
     pub dtype: DTypeChoice,
+    /// What keys and values are held in. On the CPU f16 takes half the memory of f32.
+    #[arg(long, env = "EVOP_KV_DTYPE", value_enum, default_value_t = KvDTypeChoice::Auto, help_heading = "Model")]
+    pub kv_dtype: KvDTypeChoice,
     /// Longest context (prompt and answer together) in tokens; by default the model's own.
     #[arg(long, env = "EVOP_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
     pub max_model_len: Option<usize>,
@@ -202,6 +205,28 @@ impl DTypeChoice {
             Self::F16 => Some(DType::F16.into()),
             Self::Q8_0 => Some(WeightType::Q8_0),
             Self::Q4K => Some(WeightType::Q4K),
+        }
+    }
+}
+
+/// What `--kv-dtype` may say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvDTypeChoice {
+    /// What the model computes in: f32 on the CPU.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+}
+
+impl KvDTypeChoice {
+    /// What a model that computes in `compute` holds its keys and values in.
+    pub fn of(self, compute: DType) -> DType {
+        match self {
+            Self::Auto => compute,
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
         }
     }
 }

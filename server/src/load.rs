@@ -51,7 +51,7 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
     }
     let model = checkpoint.config();
     let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
-    let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(DType::F32.size_in_bytes()), |size| size.0);
+    let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(config.kv_dtype.of(DType::F32).size_in_bytes()), |size| size.0);
     let held = weights.of_all(model, checkpoint.source().as_ref())?;
     let matrices: usize = held.values().map(|(_, bytes)| bytes).sum();
     Ok(MemoryNeed { needed_bytes: matrices + cache, available_bytes: memory::available_bytes() })
@@ -74,7 +74,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
-    let kv_element_bytes = elastic.parent().dtype().size_in_bytes();
+    let kv_element_bytes = engine_config.kv_dtype.size_in_bytes();
     let engine = Engine::start(elastic, eos_token_ids.clone(), engine_config)?;
     let chat = match checkpoint.chat_template() {
         Some(template) => ChatRenderer::new(template).map_err(|e| e.to_string()),
@@ -85,7 +85,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     }
     tracing::info!(
         model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), weights = held_in_words(&weights.of_all(&model, checkpoint.source().as_ref())?),
-        max_model_len = engine_config.max_model_len, kv_bytes = engine_config.kv_budget_bytes, seconds = start.elapsed().as_secs_f32(), "model loaded"
+        max_model_len = engine_config.max_model_len, kv_bytes = engine_config.kv_budget_bytes, kv_dtype = engine_config.kv_dtype.as_str(), seconds = start.elapsed().as_secs_f32(), "model loaded"
     );
     Ok(Served {
         id: identity.id,
@@ -128,7 +128,8 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
     if max_model_len > longest {
         bail!("--max-model-len {max_model_len} is more than the {longest} tokens that the model was made for");
     }
-    let sequence = max_model_len * decoder.config().kv_bytes_per_token(decoder.dtype().size_in_bytes());
+    let kv_dtype = config.kv_dtype.of(decoder.dtype());
+    let sequence = max_model_len * decoder.config().kv_bytes_per_token(kv_dtype.size_in_bytes());
     let kv_budget_bytes = match config.kv_memory {
         Some(size) => size.0,
         None => default_kv_bytes(sequence, config.max_concurrent, if decoder.device().is_cpu() { memory::available_bytes() } else { None }),
@@ -143,6 +144,7 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
         decode_slowdown: config.decode_slowdown(),
         max_model_len,
         kv_budget_bytes,
+        kv_dtype,
         speculation: None,
     })
 }

@@ -5,6 +5,7 @@ mod serve;
 mod shape;
 
 use super::model_args::ModelArgs;
+use crate::config::KvDTypeChoice;
 use crate::models::ModelSource;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -67,6 +68,9 @@ pub struct CommonArgs {
     /// Another checkpoint, measured in turns with the first one.
     #[arg(long, value_name = "MODEL")]
     pub against: Option<String>,
+    /// What keys and values are held in.
+    #[arg(long, value_enum, default_value_t = KvDTypeChoice::Auto)]
+    pub kv_dtype: KvDTypeChoice,
     /// Measurements of each; medians count.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     pub repeats: u16,
@@ -126,11 +130,11 @@ pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
     match &args.what {
         Bench::Decode(a) => {
             let least = a.batch.iter().copied().chain([a.prompt, a.tokens]).min();
-            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, |d, size| decode(d, size, a.prompt, a.tokens))
+            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, |d, size| decode(d, a.common.kv_dtype, size, a.prompt, a.tokens))
         }
         Bench::Prefill(a) => {
             let ends = (a.length.iter().copied().min(), a.length.iter().copied().max());
-            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), prefill)
+            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), |d, length| prefill(d, a.common.kv_dtype, length))
         }
         Bench::Search(a) => search::run(a, threads),
         Bench::Serve(a) => serve::run(a, threads),
@@ -241,9 +245,9 @@ fn token(i: usize, config: &Config) -> u32 {
 }
 
 /// New tokens a second over all of `sequences` at once, after prompts that aren't timed.
-pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
+pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
     let config = decoder.config();
-    let mut cache = FixedCache::new(config, decoder.dtype(), decoder.device(), &vec![prompt + tokens; sequences])?;
+    let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &vec![prompt + tokens; sequences])?;
     let mut next = Vec::with_capacity(sequences);
     for s in 0..sequences {
         let ids: Vec<u32> = (0..prompt).map(|i| token(i + 31 * s, config)).collect();
@@ -257,9 +261,9 @@ pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize)
 }
 
 /// Prompt tokens a second of one sequence, to its first new token.
-fn prefill(decoder: &Decoder, length: usize) -> Result<f64> {
+fn prefill(decoder: &Decoder, kv_dtype: KvDTypeChoice, length: usize) -> Result<f64> {
     let config = decoder.config();
-    let mut cache = FixedCache::new(config, decoder.dtype(), decoder.device(), &[length])?;
+    let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &[length])?;
     let ids: Vec<u32> = (0..length).map(|i| token(i, config)).collect();
     let started = Instant::now();
     step(decoder, &ids, &[Span { past: 0, len: length }], cache.of([0]))?;
