@@ -164,18 +164,20 @@ impl FromStr for FormFile {
 /// What `--dtype` may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
-    /// bf16 on CUDA; on the CPU a GGUF's own types, and of a directory f32, or q8_0 to serve. Pruning: f32.
+    /// bf16 on CUDA. On the CPU f32, but to serve a GGUF's own types, and q8_0 of a directory.
     Auto,
+    /// The types that the file has, matrix by matrix; CPU only. Runs and measures a model; pruning needs f32, bf16 or f16.
+    Stored,
     /// 32-bit floats.
     F32,
     /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX).
     Bf16,
     /// 16-bit floats; on the CPU for the weights, with activations and sums in f32.
     F16,
-    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only. Runs and measures a model; pruning needs f32, bf16 or f16.
+    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only, as stored.
     #[value(name = "q8_0")]
     Q8_0,
-    /// 4-bit blocks, the head in 6 bits, rounded as the model is loaded unless a GGUF has them; rows that are no multiple of 256 weights are q5_0, the head's q8_0. CPU only, as q8_0.
+    /// 4-bit blocks, the head in 6 bits, rounded as the model is loaded unless a GGUF has them; rows that are no multiple of 256 weights are q5_0, the head's q8_0. CPU only, as stored.
     #[value(name = "q4_k")]
     Q4K,
 }
@@ -191,7 +193,7 @@ impl DTypeChoice {
         self.weights_to_run(device, checkpoint).or(device.is_cpu().then_some(WeightType::Q8_0))
     }
 
-    /// What matrices are to be held in where they don't change: on a CPU a GGUF's as they are, unless it was said.
+    /// What matrices are to be held in while it is measured how fast they run: on a CPU a GGUF's as they are, unless it was said.
     pub fn weights_to_run(self, device: &Device, checkpoint: &Checkpoint) -> Option<WeightType> {
         self.weights().or((device.is_cpu() && checkpoint.source().keeps_types()).then_some(WeightType::Stored))
     }
@@ -200,6 +202,7 @@ impl DTypeChoice {
     pub fn weights(self) -> Option<WeightType> {
         match self {
             Self::Auto => None,
+            Self::Stored => Some(WeightType::Stored),
             Self::F32 => Some(DType::F32.into()),
             Self::Bf16 => Some(DType::BF16.into()),
             Self::F16 => Some(DType::F16.into()),

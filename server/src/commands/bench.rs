@@ -54,7 +54,7 @@ pub struct MeasuredArgs {
 impl MeasuredArgs {
     /// The checkpoint or the random weights, loaded.
     pub fn load(&self) -> Result<Decoder> {
-        let Some(shape) = self.random else { return Ok(self.model.load_to_run()?.1) };
+        let Some(shape) = self.random else { return self.model.decoder_to_run(&self.model.checkpoint()?) };
         let device = self.model.device.open()?;
         shape.decoder(&device, weight_type(&device, self.model.dtype.weights())?)
     }

@@ -77,7 +77,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if let Some(directory) = args.items.as_deref().and_then(Path::parent).filter(|d| !d.as_os_str().is_empty() && !d.is_dir()) {
         bail!("--items: {}: expected a directory that exists", directory.display());
     }
-    let (checkpoint, decoder) = args.model.load_to_run()?;
+    let (checkpoint, decoder) = args.model.load()?;
     let provenance = checkpoint.provenance();
     let bar = ProgressBar::new(0);
     bar.set_style(ProgressStyle::with_template("{prefix:<16} [{elapsed_precise}] {wide_bar} {pos}/{len} ETA {eta}")?);

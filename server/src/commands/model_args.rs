@@ -5,7 +5,7 @@ use crate::models::ModelSource;
 use anyhow::{Context, Result};
 use clap::Args;
 use evop_model::device::{DeviceChoice, weight_type};
-use evop_model::{Checkpoint, Config, Decoder, Source, WeightType};
+use evop_model::{Checkpoint, Config, Decoder, Device, Source, WeightType};
 use std::io::Read;
 use std::path::Path;
 
@@ -32,25 +32,21 @@ impl ModelArgs {
         ModelSource::parse(self.model.as_deref())?.open(self.revision.as_deref())
     }
 
-    /// The checkpoint with its weights loaded in numbers that can be changed, to prune it.
+    /// The checkpoint with its weights loaded, on the CPU in f32 unless another type was said.
     pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
         let checkpoint = self.checkpoint()?;
-        let device = self.device.open()?;
-        let decoder = checkpoint.decoder(&device, weight_type(&device, self.dtype.weights())?)?;
+        let decoder = self.decoder(&checkpoint, |_| self.dtype.weights())?;
         Ok((checkpoint, decoder))
     }
 
-    /// The checkpoint with its weights loaded to be run as they are: a GGUF's in its own types.
-    pub fn load_to_run(&self) -> Result<(Checkpoint, Decoder)> {
-        let checkpoint = self.checkpoint()?;
-        let decoder = self.decoder_to_run(&checkpoint)?;
-        Ok((checkpoint, decoder))
-    }
-
-    /// As [`Self::load_to_run`], of another checkpoint.
+    /// A checkpoint's weights as they are run: a GGUF's in its own types, unless another type was said.
     pub fn decoder_to_run(&self, checkpoint: &Checkpoint) -> Result<Decoder> {
+        self.decoder(checkpoint, |device| self.dtype.weights_to_run(device, checkpoint))
+    }
+
+    fn decoder(&self, checkpoint: &Checkpoint, weights: impl Fn(&Device) -> Option<WeightType>) -> Result<Decoder> {
         let device = self.device.open()?;
-        let weights = weight_type(&device, self.dtype.weights_to_run(&device, checkpoint))?;
+        let weights = weight_type(&device, weights(&device))?;
         warn(weights, checkpoint.config(), checkpoint.source().as_ref())?;
         Ok(checkpoint.decoder(&device, weights)?)
     }

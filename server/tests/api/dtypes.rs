@@ -65,6 +65,15 @@ fn a_gguf_is_served_in_its_own_types_unless_another_one_is_asked_for() {
     let (asked, log) = served(&["--dtype", "f32"]);
     assert!(log.contains(r#""weights":"f32 11.5 MB""#), "{log}");
     assert_eq!(own, asked, "the same numbers, and sums in f32");
+    // evaluated in f32, or as it would be served
+    evop(at, &["export", "--format", "gguf", "--type", "q4_k", "--out", "small.gguf"]).unwrap();
+    let perplexity = |dtype: &str| {
+        json_of(at, &["eval", "--model", "small.gguf", "--max-characters", "10000", "--window", "128", "--dtype", dtype])["perplexity"].as_f64().unwrap()
+    };
+    let (exact, stored) = (perplexity("auto"), perplexity("stored"));
+    assert!(exact != stored && (stored / exact).ln().abs() < 1e-2, "{stored} for {exact}");
+    let refused = evop(at, &["prune", "--dtype", "stored", "--out", "x"]).unwrap_err();
+    assert!(refused.contains("weights in stored can be run, not changed: load the model with --dtype f32, bf16 or f16"), "{refused}");
 }
 
 #[test]

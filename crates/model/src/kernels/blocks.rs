@@ -141,7 +141,7 @@ impl Wide {
 
     /// Widens `count` steps of a group from step `from`, a multiple of [`CHUNK`]. Parts lie [step][part of a step].
     #[inline(always)]
-    fn fill(&mut self, weights: &Weights<'_>, layout: &Layout, group: usize, from: usize, count: usize) {
+    fn fill(&mut self, weights: &Weights<'_>, layout: &Layout, group: usize, from: usize, count: usize, factors: impl Factors) {
         for step in 0..count {
             let (lines, to) = (weights.step(group, from + step), &mut self.lines[step * WIDE..][..WIDE]);
             match layout.bits {
@@ -152,40 +152,28 @@ impl Wide {
                 _ => widen::<6>(lines, to),
             }
             let (halves, blocks) = (layout.halves(), weights.row_steps.div_ceil(layout.span()));
-            let own = &weights.scales[(group * blocks + (from + step) / layout.span()) * layout.scales()..][..layout.scales()];
+            let (own, _) = weights.scales[(group * blocks + (from + step) / layout.span()) * layout.scales()..].as_chunks();
             let parts = &weights.parts[(group * weights.row_steps + from + step) * layout.parts()..][..layout.parts()];
+            let (parts, _) = parts.as_chunks();
             for half in 0..halves {
-                let at = step * halves + half;
-                let part = parts.get(half * layout.scales()..).filter(|part| !part.is_empty());
-                factors(&own[..GROUP], part.map(|part| &part[..GROUP]), |byte| f32::from(byte.cast_signed()), &mut self.scales[at]);
+                let (at, part) = (step * halves + half, half * layout.scales() / GROUP);
+                self.scales[at] = factors(&own[0], parts.get(part), true);
                 if layout.minima {
-                    factors(&own[GROUP..], part.map(|part| &part[GROUP..2 * GROUP]), f32::from, &mut self.minima[at]);
+                    self.minima[at] = factors(&own[1], parts.get(part + 1), false);
                 }
             }
         }
     }
 }
 
-/// Sixteen scales, times their parts' factors.
-#[inline(always)]
-fn factors(scales: &[f16], parts: Option<&[u8]>, number: impl Fn(u8) -> f32, to: &mut [f32; GROUP]) {
-    for (to, scale) in to.iter_mut().zip(scales) {
-        *to = widened(*scale);
-    }
-    if let Some(parts) = parts {
-        for (to, part) in to.iter_mut().zip(parts) {
-            *to *= number(*part);
-        }
-    }
-}
+/// Sixteen finite scales, times their parts' factors where there are any: signed bytes, or unsigned ones.
+trait Factors: Fn(&[f16; GROUP], Option<&[u8; GROUP]>, bool) -> [f32; GROUP] + Copy {}
 
-/// A finite f16 as f32, in operations that vector instructions have. (Its exponent's bias is 15, not 127.)
-#[inline(always)]
-fn widened(value: f16) -> f32 {
-    /// 2^(127 - 15).
-    const BIAS: f32 = f32::from_bits((127 + 127 - 15) << 23);
-    let bits = u32::from(value.to_bits());
-    f32::from_bits((f32::from_bits((bits & 0x7fff) << 13) * BIAS).to_bits() | (bits & 0x8000) << 16)
+impl<T: Fn(&[f16; GROUP], Option<&[u8; GROUP]>, bool) -> [f32; GROUP] + Copy> Factors for T {}
+
+fn plain_factors(scales: &[f16; GROUP], parts: Option<&[u8; GROUP]>, signed: bool) -> [f32; GROUP] {
+    let number = |part: u8| if signed { f32::from(part.cast_signed()) } else { f32::from(part) };
+    std::array::from_fn(|row| scales[row].to_f32() * parts.map_or(1.0, |parts| number(parts[row])))
 }
 
 /// A step's numbers as bytes.
@@ -230,7 +218,7 @@ pub(super) fn at(weights: &Weights<'_>, of: BlockType, row: usize, column: usize
 /// As [`super::packed::multiply`], of one type.
 pub(super) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'_>], of: BlockType) {
     let x = Rounded::new(x, tokens, k, &of.layout());
-    let kernel = Kernel::best();
+    let kernel = Kernel::best(tokens);
     each_groups(products, tokens, k, |product, groups| kernel.run(&x, tokens, product, groups));
 }
 
@@ -256,14 +244,21 @@ enum Kernel {
     Plain,
     #[cfg(target_arch = "x86_64")]
     Vnni,
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx,
 }
 
 impl Kernel {
-    fn best() -> Self {
+    fn best(tokens: usize) -> Self {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if tokens >= super::q8::amx::LEAST && super::amx::bytes_available() && super::q8::vnni::available() {
+            return Self::Amx;
+        }
         #[cfg(target_arch = "x86_64")]
         if super::q8::vnni::available() {
             return Self::Vnni;
         }
+        let _ = tokens;
         Self::Plain
     }
 
@@ -273,6 +268,9 @@ impl Kernel {
             // SAFETY: `best` has found the features
             #[cfg(target_arch = "x86_64")]
             Self::Vnni => unsafe { vnni::groups(x, tokens, product, groups) },
+            // SAFETY: as above
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => unsafe { amx::groups(x, tokens, product, groups) },
         }
     }
 }
@@ -287,7 +285,7 @@ fn plain_body(x: &Rounded, tokens: usize, product: &Product<'_>, groups: Range<u
         totals.fill([0.0; GROUP]);
         for from in (0..x.blocks).step_by(CHUNK) {
             let count = CHUNK.min(x.blocks - from);
-            wide.fill(&product.weights, layout, group, from, count);
+            wide.fill(&product.weights, layout, group, from, count, plain_factors);
             for (token, totals) in totals.iter_mut().enumerate() {
                 for part in 0..count * halves {
                     let (step, sum) = (token * x.blocks + from + part / halves, sums[(token * x.blocks + from) * halves + part]);
@@ -313,7 +311,7 @@ fn plain_body(x: &Rounded, tokens: usize, product: &Product<'_>, groups: Range<u
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{CHUNK, GROUP, Product, Range, Rounded, STEP, WIDE, Wide};
+    use super::{CHUNK, GROUP, Product, Range, Rounded, STEP, WIDE, Wide, f16};
     use std::arch::x86_64::*;
 
     /// # Safety
@@ -326,28 +324,58 @@ mod vnni {
             totals.fill([0.0; GROUP]);
             for from in (0..steps).step_by(CHUNK) {
                 let count = CHUNK.min(steps - from);
-                wide.fill(&product.weights, &x.layout, group, from, count);
                 // SAFETY: the features are those of this function
-                unsafe {
-                    match (x.layout.halves(), x.layout.minima) {
-                        (1, false) => all::<1, false>(x, from, count, &wide, &mut totals),
-                        (1, true) => all::<1, true>(x, from, count, &wide, &mut totals),
-                        (_, false) => all::<2, false>(x, from, count, &wide, &mut totals),
-                        (_, true) => all::<2, true>(x, from, count, &wide, &mut totals),
-                    }
-                }
+                wide.fill(&product.weights, &x.layout, group, from, count, |scales, parts, signed| unsafe { factors(scales, parts, signed) });
+                // SAFETY: the features are those of this function
+                unsafe { rest(x, from, count, &wide, 0, &mut totals) };
             }
             totals.iter().enumerate().for_each(|(token, totals)| product.write(token, group, totals));
         }
     }
 
-    /// All tokens' products with a superblock.
+    /// As [`super::plain_factors`].
+    ///
+    /// # Safety
+    /// As [`groups`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    pub unsafe fn factors(scales: &[f16; GROUP], parts: Option<&[u8; GROUP]>, signed: bool) -> [f32; GROUP] {
+        let mut found = [0f32; GROUP];
+        // SAFETY: sixteen elements each
+        unsafe {
+            let mut scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast()));
+            if let Some(parts) = parts {
+                let parts = _mm_loadu_si128(parts.as_ptr().cast());
+                let parts = if signed { _mm512_cvtepi8_epi32(parts) } else { _mm512_cvtepu8_epi32(parts) };
+                scales = _mm512_mul_ps(scales, _mm512_cvtepi32_ps(parts));
+            }
+            _mm512_storeu_ps(found.as_mut_ptr(), scales);
+        }
+        found
+    }
+
+    /// The products of all tokens from `token` on with a superblock.
     ///
     /// # Safety
     /// As [`groups`].
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
-    unsafe fn all<const HALVES: usize, const MINIMA: bool>(x: &Rounded, from: usize, count: usize, wide: &Wide, totals: &mut [[f32; GROUP]]) {
-        let mut token = 0;
+    pub unsafe fn rest(x: &Rounded, from: usize, count: usize, wide: &Wide, token: usize, totals: &mut [[f32; GROUP]]) {
+        // SAFETY: the features are those of this function
+        unsafe {
+            match (x.layout.halves(), x.layout.minima) {
+                (1, false) => all::<1, false>(x, from, count, wide, token, totals),
+                (1, true) => all::<1, true>(x, from, count, wide, token, totals),
+                (_, false) => all::<2, false>(x, from, count, wide, token, totals),
+                (_, true) => all::<2, true>(x, from, count, wide, token, totals),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`groups`].
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    unsafe fn all<const HALVES: usize, const MINIMA: bool>(x: &Rounded, from: usize, count: usize, wide: &Wide, token: usize, totals: &mut [[f32; GROUP]]) {
+        let mut token = token;
         // SAFETY: the features are those of this function
         unsafe {
             while token + 8 <= totals.len() {
@@ -416,6 +444,96 @@ mod vnni {
     }
 }
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx {
+    use super::super::amx::Shapes;
+    use super::super::q8::amx::{Sums, TOKENS, products, shapes};
+    use super::{CHUNK, GROUP, Product, Range, Rounded, STEP, WIDE, Wide, vnni};
+    use std::arch::x86_64::*;
+
+    /// Two groups and 32 tokens at a time; what is left over goes to the vector kernel.
+    ///
+    /// # Safety
+    /// The processor must have AMX's tiles of bytes, which the system lets this process use, and what [`vnni`] needs.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    pub unsafe fn groups(x: &Rounded, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
+        let (whole_groups, whole_tokens) = (groups.start + groups.len() / 2 * 2, tokens / (2 * TOKENS) * (2 * TOKENS));
+        let mut wide = [Wide::new(), Wide::new()];
+        let mut totals = [vec![[0f32; GROUP]; tokens], vec![[0f32; GROUP]; tokens]];
+        let steps = x.x.blocks;
+        for group in (groups.start..whole_groups).step_by(2) {
+            totals.iter_mut().for_each(|totals| totals.fill([0.0; GROUP]));
+            for from in (0..steps).step_by(CHUNK) {
+                let count = CHUNK.min(steps - from);
+                for (i, wide) in wide.iter_mut().enumerate() {
+                    // SAFETY: the features are those of this function
+                    wide.fill(&product.weights, &x.layout, group + i, from, count, |scales, parts, signed| unsafe { vnni::factors(scales, parts, signed) });
+                }
+                {
+                    let _shapes = Shapes::configure(shapes(x.layout.part));
+                    for token in (0..whole_tokens).step_by(2 * TOKENS) {
+                        // SAFETY: configured; whole tiles
+                        unsafe {
+                            match x.layout.minima {
+                                false => four::<false>(x, from, count, &wide, token, &mut totals),
+                                true => four::<true>(x, from, count, &wide, token, &mut totals),
+                            }
+                        }
+                    }
+                }
+                for (wide, totals) in wide.iter().zip(&mut totals) {
+                    // SAFETY: the features are those of this function
+                    unsafe { vnni::rest(x, from, count, wide, whole_tokens, totals) };
+                }
+            }
+            for (i, totals) in totals.iter().enumerate() {
+                totals.iter().enumerate().for_each(|(token, totals)| product.write(token, group + i, totals));
+            }
+        }
+        if whole_groups < groups.end {
+            // SAFETY: the features are those of this function
+            unsafe { vnni::groups(x, tokens, product, whole_groups..groups.end) };
+        }
+    }
+
+    /// The products of 32 tokens with a superblock of two groups.
+    ///
+    /// # Safety
+    /// The tiles must be configured; the tokens must be there.
+    #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
+    unsafe fn four<const MINIMA: bool>(x: &Rounded, from: usize, count: usize, wide: &[Wide; 2], token: usize, totals: &mut [Vec<[f32; GROUP]>; 2]) {
+        let Rounded { x, layout, sums: parts } = x;
+        let (halves, stride) = (layout.halves(), x.blocks * STEP);
+        let mut sums = Sums([[[0; GROUP]; TOKENS]; 4]);
+        for part in 0..count * halves {
+            let (step, half) = (from + part / halves, part % halves);
+            let first = x.numbers[token * stride + step * STEP + half * layout.part..][..(2 * TOKENS - 1) * stride + layout.part].as_ptr();
+            let [low, high] = [0, 1].map(|i: usize| wide[i].lines[part * WIDE / halves..][..WIDE / halves].as_ptr());
+            // SAFETY: configured; two times 16 rows, and two parts of weights
+            unsafe { products(first, stride, low, high, &mut sums) };
+            for (tile, sums) in sums.0.iter().enumerate() {
+                let (group, first) = (tile % 2, token + tile / 2 * TOKENS);
+                let totals = &mut totals[group][first..first + TOKENS];
+                // SAFETY: sixteen elements each
+                let (scales, minima) = unsafe { (_mm512_loadu_ps(wide[group].scales[part].as_ptr()), _mm512_loadu_ps(wide[group].minima[part].as_ptr())) };
+                for (row, (sums, total)) in sums.iter().zip(totals).enumerate() {
+                    let at = (first + row) * x.blocks + step;
+                    let (sum, scale) = (parts[at * halves + half], _mm512_set1_ps(x.scales[at]));
+                    // SAFETY: sixteen elements each
+                    unsafe {
+                        let products = _mm512_add_epi32(_mm512_load_si512(sums.as_ptr().cast()), _mm512_set1_epi32(-layout.offset * sum));
+                        let mut held = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_mul_ps(scales, scale), _mm512_loadu_ps(total.as_ptr()));
+                        if MINIMA {
+                            held = _mm512_fmadd_ps(_mm512_set1_ps(-sum as f32), _mm512_mul_ps(minima, scale), held);
+                        }
+                        _mm512_storeu_ps(total.as_mut_ptr(), held);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::ggml::tests::of_candle;
@@ -444,7 +562,7 @@ mod tests {
     #[test]
     fn every_kernel_gives_the_same_bits_near_the_product_of_the_plain_weights() {
         for of in BlockType::ALL {
-            for (tokens, rows, k) in [(1, 5, 256), (3, 16, 512), (7, 40, 768), (33, 50, 256), (15, 33, 512)] {
+            for (tokens, rows, k) in [(1, 5, 256), (3, 16, 512), (7, 40, 768), (33, 50, 256), (15, 33, 512), (70, 64, 768)] {
                 let (laid, w) = weights(of, rows, k);
                 let weights = view(of, &laid, rows, k);
                 let x: Vec<f32> = (0..tokens * k).map(|i| number(i * 31 + 7)).collect();
@@ -469,6 +587,10 @@ mod tests {
                 #[cfg(target_arch = "x86_64")]
                 if super::super::q8::vnni::available() {
                     assert_eq!(by(Kernel::Vnni), plain);
+                }
+                #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+                if super::super::q8::vnni::available() && super::super::amx::bytes_available() {
+                    assert_eq!(by(Kernel::Amx), plain);
                 }
                 let mut y = unfilled(tokens * rows);
                 multiply(&x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }], of);
