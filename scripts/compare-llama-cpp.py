@@ -3,7 +3,7 @@
 
 usage: compare-llama-cpp.py EVOP LLAMA_BIN_DIRECTORY TYPE=FILE.gguf ... [--threads 2] [--rounds 5]
 
-TYPE is evop's --dtype for that file: q8_0, bf16 or f32. LLAMA_BIN_DIRECTORY has llama-bench and llama-batched-bench, built on this machine.
+TYPE is evop's --dtype for that file: q8_0, bf16, f16, f32 or stored. LLAMA_BIN_DIRECTORY has llama-bench and llama-batched-bench, built on this machine.
 Prints a table of medians: tokens a second of decoding 1, 4 and 16 sequences (128 tokens of prompt, 64 new ones) and of a prompt of 512.
 """
 import argparse

@@ -3,7 +3,7 @@
 use crate::pressure::Goal;
 use clap::{Args, ValueEnum};
 use evop_model::device::DeviceChoice;
-use evop_model::{DType, Device, WeightType};
+use evop_model::{Checkpoint, DType, Device, WeightType};
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -27,6 +27,9 @@ pub struct ServeConfig {
     /// What to compute in.
     #[arg(long, env = "EVOP_DTYPE", value_enum, default_value_t = DTypeChoice::Auto, help_heading = "Model")]
     pub dtype: DTypeChoice,
+    /// What keys and values are held in. On the CPU f16 takes half the memory of f32.
+    #[arg(long, env = "EVOP_KV_DTYPE", value_enum, default_value_t = KvDTypeChoice::Auto, help_heading = "Model")]
+    pub kv_dtype: KvDTypeChoice,
     /// Longest context (prompt and answer together) in tokens; by default the model's own.
     #[arg(long, env = "EVOP_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
     pub max_model_len: Option<usize>,
@@ -166,15 +169,22 @@ impl FromStr for FormFile {
 /// What `--dtype` may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DTypeChoice {
-    /// bf16 on CUDA; on the CPU f32, or q8_0 to serve.
+    /// bf16 on CUDA. On the CPU f32, but to serve a GGUF's own types, and q8_0 of a directory.
     Auto,
+    /// The types that the file has, matrix by matrix; CPU only. Runs and measures a model; pruning needs f32, bf16 or f16.
+    Stored,
     /// 32-bit floats.
     F32,
     /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX).
     Bf16,
-    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only. Runs and measures a model; pruning needs f32 or bf16.
+    /// 16-bit floats; on the CPU for the weights, with activations and sums in f32.
+    F16,
+    /// 8-bit blocks, rounded as the model is loaded unless a GGUF has them; CPU only, as stored.
     #[value(name = "q8_0")]
     Q8_0,
+    /// 4-bit blocks, the head in 6 bits, rounded as the model is loaded unless a GGUF has them; rows that are no multiple of 256 weights are q5_0, the head's q8_0. CPU only, as stored.
+    #[value(name = "q4_k")]
+    Q4K,
 }
 
 impl DTypeChoice {
@@ -183,18 +193,48 @@ impl DTypeChoice {
         Self::from_str(name, true).unwrap_or(Self::Auto)
     }
 
-    /// What matrices are to be held in while they are served: 8-bit blocks on a CPU, unless it was said.
-    pub fn weights_to_serve(self, device: &Device) -> Option<WeightType> {
-        self.weights().or(device.is_cpu().then_some(WeightType::Q8_0))
+    /// What matrices are to be held in while they are served: on a CPU a GGUF's as they are, others in 8-bit blocks, unless it was said.
+    pub fn weights_to_serve(self, device: &Device, checkpoint: &Checkpoint) -> Option<WeightType> {
+        self.weights_to_run(device, checkpoint).or(device.is_cpu().then_some(WeightType::Q8_0))
+    }
+
+    /// What matrices are to be held in while it is measured how fast they run: on a CPU a GGUF's as they are, unless it was said.
+    pub fn weights_to_run(self, device: &Device, checkpoint: &Checkpoint) -> Option<WeightType> {
+        self.weights().or((device.is_cpu() && checkpoint.source().keeps_types()).then_some(WeightType::Stored))
     }
 
     /// What matrices are to be held in, if it was said.
     pub fn weights(self) -> Option<WeightType> {
         match self {
             Self::Auto => None,
+            Self::Stored => Some(WeightType::Stored),
             Self::F32 => Some(DType::F32.into()),
             Self::Bf16 => Some(DType::BF16.into()),
+            Self::F16 => Some(DType::F16.into()),
             Self::Q8_0 => Some(WeightType::Q8_0),
+            Self::Q4K => Some(WeightType::Q4K),
+        }
+    }
+}
+
+/// What `--kv-dtype` may say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvDTypeChoice {
+    /// What the model computes in: f32 on the CPU.
+    Auto,
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+}
+
+impl KvDTypeChoice {
+    /// What a model that computes in `compute` holds its keys and values in.
+    pub fn of(self, compute: DType) -> DType {
+        match self {
+            Self::Auto => compute,
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
         }
     }
 }

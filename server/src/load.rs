@@ -7,7 +7,7 @@ use crate::memory;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
 use evop_model::device::weight_type;
-use evop_model::{Checkpoint, DType, Decoder, Device, WeightType};
+use evop_model::{Checkpoint, DType, Decoder, Device, WeightType, held_in_words};
 use evop_serving::{ChatRenderer, Engine, EngineConfig, TokenText};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -45,14 +45,16 @@ pub struct Identity {
 /// The device can't be had.
 pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<MemoryNeed> {
     let device = config.device.open()?;
-    let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
+    let weights = weight_type(&device, config.dtype.weights_to_serve(&device, checkpoint))?;
     if !device.is_cpu() {
         return Ok(MemoryNeed { needed_bytes: 0, available_bytes: None });
     }
     let model = checkpoint.config();
     let max_model_len = config.max_model_len.unwrap_or(model.max_position_embeddings);
-    let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(DType::F32.size_in_bytes()), |size| size.0);
-    Ok(MemoryNeed { needed_bytes: weights.bytes(model.parameters()) + cache, available_bytes: memory::available_bytes() })
+    let cache = config.kv_memory.map_or(max_model_len * model.kv_bytes_per_token(config.kv_dtype.of(DType::F32).size_in_bytes()), |size| size.0);
+    let held = weights.of_all(model, checkpoint.source().as_ref())?;
+    let matrices: usize = held.values().map(|(_, bytes)| bytes).sum();
+    Ok(MemoryNeed { needed_bytes: matrices + cache, available_bytes: memory::available_bytes() })
 }
 
 /// Loads the weights and starts the engine. Blocks for as long as that takes.
@@ -62,7 +64,7 @@ pub fn memory_need(checkpoint: &Checkpoint, config: &ServeConfig) -> Result<Memo
 pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -> Result<Served> {
     let start = Instant::now();
     let device = config.device.open()?;
-    let weights = weight_type(&device, config.dtype.weights_to_serve(&device))?;
+    let weights = weight_type(&device, config.dtype.weights_to_serve(&device, checkpoint))?;
     let decoder = load_decoder(checkpoint, &device, weights)?;
     let model = decoder.config().clone();
     let mut engine_config = engine_config(&decoder, config)?;
@@ -72,7 +74,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
-    let kv_element_bytes = elastic.parent().dtype().size_in_bytes();
+    let kv_element_bytes = engine_config.kv_dtype.size_in_bytes();
     let engine = Engine::start(elastic, eos_token_ids.clone(), engine_config)?;
     let chat = match checkpoint.chat_template() {
         Some(template) => ChatRenderer::new(template).map_err(|e| e.to_string()),
@@ -82,8 +84,8 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         tracing::warn!(message, "chat completions are not available");
     }
     tracing::info!(
-        model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), weights = weights.as_str(),
-        max_model_len = engine_config.max_model_len, kv_bytes = engine_config.kv_budget_bytes, seconds = start.elapsed().as_secs_f32(), "model loaded"
+        model = identity.id, root = identity.root, parameters = model.parameters(), device = ?device.location(), weights = held_in_words(&weights.of_all(&model, checkpoint.source().as_ref())?),
+        max_model_len = engine_config.max_model_len, kv_bytes = engine_config.kv_budget_bytes, kv_dtype = engine_config.kv_dtype.as_str(), seconds = start.elapsed().as_secs_f32(), "model loaded"
     );
     Ok(Served {
         id: identity.id,
@@ -112,6 +114,9 @@ fn thinks(checkpoint: &Checkpoint, chat: &Result<ChatRenderer, String>) -> bool 
 }
 
 fn load_decoder(checkpoint: &Checkpoint, device: &Device, weights: WeightType) -> Result<Decoder> {
+    if let Some(warning) = weights.warning(checkpoint.config(), checkpoint.source().as_ref())? {
+        tracing::warn!("{warning}");
+    }
     checkpoint.decoder(device, weights).context("the weights can't be loaded")
 }
 
@@ -123,7 +128,8 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
     if max_model_len > longest {
         bail!("--max-model-len {max_model_len} is more than the {longest} tokens that the model was made for");
     }
-    let sequence = max_model_len * decoder.config().kv_bytes_per_token(decoder.dtype().size_in_bytes());
+    let kv_dtype = config.kv_dtype.of(decoder.dtype());
+    let sequence = max_model_len * decoder.config().kv_bytes_per_token(kv_dtype.size_in_bytes());
     let kv_budget_bytes = match config.kv_memory {
         Some(size) => size.0,
         None => default_kv_bytes(sequence, config.max_concurrent, if decoder.device().is_cpu() { memory::available_bytes() } else { None }),
@@ -138,6 +144,7 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
         decode_slowdown: config.decode_slowdown(),
         max_model_len,
         kv_budget_bytes,
+        kv_dtype,
         speculation: None,
     })
 }

@@ -8,9 +8,10 @@ use crate::batch::{Batch, Span};
 use crate::cache::KvCache;
 use crate::config::{Config, LayerShape, Positions};
 use crate::device::weight_type;
+use crate::held::WeightType;
 use crate::kernels;
 use crate::linear::{Linear, Norm, Types};
-use crate::matrix::{Matrix, WeightType};
+use crate::matrix::Matrix;
 use crate::pattern::{Gene, Pattern};
 use crate::source::{Source, TensorNames};
 use crate::sub_block::{Inner, SubBlock};
@@ -42,13 +43,17 @@ impl Decoder {
         let types = Types::on(device, weight_type(device, Some(weights.into()))?)?;
         let names = TensorNames::of(config.architecture);
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-        let embedding = Matrix::load(source, names.embedding(), [vocab, hidden], types.weights, device)?;
+        let held = types.weights.of(source, names.embedding(), hidden, config.tie_word_embeddings)?;
+        let embedding = Matrix::load(source, names.embedding(), [vocab, hidden], held, device)?;
         let positions = match config.positions {
             Positions::Learned { offset } => Some(source.load(names.positions(), &[config.max_position_embeddings + offset, hidden], types.compute, device)?),
             Positions::Rope(_) => None,
         };
         let norm = |name: &str, width: usize| Norm::load(source, name, width, config.norm, config.norm_eps, types.compute, device);
-        let linear = |name: String, out: usize, input: usize, bias: bool| Linear::load(source, &name, [out, input], bias, &types, device);
+        let linear = |name: String, out: usize, input: usize, bias: bool| {
+            let held = types.weights.of(source, &name, input, name == names.head())?;
+            Linear::load(source, &name, [out, input], bias, held, types.compute, device)
+        };
         let d = config.head_dim;
         let mut sub_blocks = Vec::with_capacity(2 * config.num_layers());
         for (l, layer) in config.layers.iter().enumerate() {
@@ -127,9 +132,15 @@ impl Decoder {
         self.types.compute
     }
 
-    /// What its matrices are held in.
+    /// What its matrices were asked to be held in.
     pub fn weight_type(&self) -> WeightType {
         self.types.weights
+    }
+
+    /// Bytes of the weights that a pass multiplies its tokens with: of all sub-blocks and the head.
+    pub fn multiplied_bytes(&self) -> usize {
+        let blocks = self.sub_blocks.iter().flatten().flat_map(SubBlock::linears);
+        blocks.chain([&self.head]).map(Linear::weight_bytes).sum()
     }
 
     /// Sub-block `s` (0: attention of layer 0, 1: its MLP, 2: attention of layer 1, …), `None` where it is absent.

@@ -70,12 +70,11 @@ pub fn weight_type(device: &Device, asked: Option<WeightType>) -> Result<WeightT
     match asked {
         None if device.is_cpu() => Ok(DType::F32.into()),
         None => Ok(DType::BF16.into()),
-        Some(of @ WeightType::Plain(DType::F32 | DType::BF16)) => Ok(of),
-        Some(WeightType::Q8_0) if !device.is_cpu() => Err(Error::Device("q8_0 is multiplied on the CPU only: expected f32, f16 or bf16 on CUDA".into())),
-        Some(of @ WeightType::Plain(_)) if device.is_cpu() => {
-            Err(Error::Device(format!("{} is not available on the CPU: expected f32, bf16 or q8_0", of.as_str())))
-        }
-        Some(of) => Ok(of),
+        Some(of @ WeightType::Plain(DType::F32 | DType::BF16 | DType::F16)) => Ok(of),
+        Some(WeightType::Plain(of)) => Err(Error::Device(format!("no model is computed in {}: expected f32, bf16 or f16", of.as_str()))),
+        Some(of) if device.is_cpu() => Ok(of),
+        Some(WeightType::Stored) => Err(Error::Device("a file's own types are multiplied on the CPU only: expected f32, f16 or bf16 on CUDA".into())),
+        Some(of) => Err(Error::Device(format!("{} is multiplied on the CPU only: expected f32, f16 or bf16 on CUDA", of.as_str()))),
     }
 }
 

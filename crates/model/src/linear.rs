@@ -2,8 +2,9 @@
 
 use crate::Result;
 use crate::config::NormKind;
+use crate::held::{Held, WeightType};
 use crate::kernels::packed::{Format, Weights};
-use crate::matrix::{Matrix, WeightType};
+use crate::matrix::Matrix;
 use crate::source::{Source, bias_of};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::ops;
@@ -34,11 +35,11 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Loads `name` (`….weight`) of shape [out, in] as `weights` and its bias, which must be there when `bias` says so, as `compute`.
-    pub(crate) fn load(source: &dyn Source, name: &str, [out, input]: [usize; 2], bias: bool, types: &Types, device: &Device) -> Result<Self> {
-        let weight = Matrix::load(source, name, [out, input], types.weights, device)?;
+    /// Loads `name` (`….weight`) of shape [out, in] as `held` and its bias, which must be there when `bias` says so, as `compute`.
+    pub(crate) fn load(source: &dyn Source, name: &str, [out, input]: [usize; 2], bias: bool, held: Held, compute: DType, device: &Device) -> Result<Self> {
+        let weight = Matrix::load(source, name, [out, input], held, device)?;
         let bias_name = bias_of(name);
-        let bias = if bias || source.shape(&bias_name).is_some() { Some(source.load(&bias_name, &[out], types.compute, device)?) } else { None };
+        let bias = if bias || source.shape(&bias_name).is_some() { Some(source.load(&bias_name, &[out], compute, device)?) } else { None };
         Ok(Self { weight, bias })
     }
 
@@ -72,8 +73,18 @@ impl Linear {
     ///
     /// # Errors
     /// [`crate::Error::Candle`] when memory runs out.
-    pub fn held_in(&self, weights: WeightType) -> Result<Self> {
-        Ok(Self { weight: Matrix::of(&self.weight()?, weights)?, bias: self.bias.clone() })
+    pub fn held_in(&self, held: Held) -> Result<Self> {
+        Ok(Self { weight: Matrix::of(&self.weight()?, held)?, bias: self.bias.clone() })
+    }
+
+    /// What the weight is held in.
+    pub fn held(&self) -> Held {
+        self.weight.held()
+    }
+
+    /// Bytes of the weight.
+    pub fn weight_bytes(&self) -> usize {
+        self.held().bytes(self.outputs(), self.inputs())
     }
 
     /// The bias, [out].

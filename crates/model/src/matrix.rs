@@ -1,56 +1,15 @@
-//! Weight matrices as they are held: plain numbers on any device, or 8-bit blocks on the CPU.
+//! Weight matrices as they are held: plain numbers on any device, or laid out for their products on the CPU.
 
+use crate::held::Held;
+use crate::kernels::ggml::BlockType;
 use crate::kernels::packed::{self, Format, Line, Product, STEP, Weights};
-use crate::kernels::{self, SharedOut, q8, unfilled};
+use crate::kernels::{self, SharedOut, blocks, q8, unfilled};
 use crate::source::Source;
 use crate::{Error, Result};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::sync::Arc;
-
-/// What a model's matrices are held in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WeightType {
-    /// Plain numbers.
-    Plain(DType),
-    /// GGUF's Q8_0 on the CPU: blocks of 32 inputs in 8 bits with a 16-bit scale, multiplied with activations in 8 bits.
-    Q8_0,
-}
-
-impl From<DType> for WeightType {
-    fn from(dtype: DType) -> Self {
-        Self::Plain(dtype)
-    }
-}
-
-impl WeightType {
-    /// Its name: `f32`, `bf16`, `q8_0`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Plain(dtype) => dtype.as_str(),
-            Self::Q8_0 => "q8_0",
-        }
-    }
-
-    /// Bytes of so many weights.
-    pub fn bytes(self, weights: usize) -> usize {
-        match self {
-            Self::Plain(dtype) => weights * dtype.size_in_bytes(),
-            Self::Q8_0 => weights.div_ceil(STEP) * (STEP + 2),
-        }
-    }
-
-    /// The plain type, for what changes weights.
-    ///
-    /// # Errors
-    /// [`Error::Device`] for a quantised type.
-    pub fn plain(self) -> Result<DType> {
-        match self {
-            Self::Plain(dtype) => Ok(dtype),
-            Self::Q8_0 => Err(Error::Device("weights in q8_0 can be run, not changed: load the model with --dtype f32 or bf16".into())),
-        }
-    }
-}
 
 /// A matrix [rows, columns]; rows are outputs. Cloning and narrowing share the memory.
 #[derive(Debug, Clone)]
@@ -65,6 +24,7 @@ pub(crate) struct Packed {
     format: Format,
     lines: Arc<Vec<Line>>,
     scales: Arc<Vec<f16>>,
+    parts: Arc<Vec<u8>>,
     row_steps: usize,
     rows: usize,
     columns: usize,
@@ -78,7 +38,18 @@ impl std::fmt::Debug for Packed {
 
 impl Packed {
     fn new(format: Format, lines: Vec<Line>, scales: Vec<f16>, rows: usize, columns: usize) -> Self {
-        Self { format, lines: Arc::new(lines), scales: Arc::new(scales), row_steps: columns.div_ceil(STEP), rows, columns }
+        let (lines, scales, parts) = (Arc::new(lines), Arc::new(scales), Arc::default());
+        Self { format, lines, scales, parts, row_steps: columns.div_ceil(STEP), rows, columns }
+    }
+
+    fn f16(values: &[f16], rows: usize, columns: usize) -> Self {
+        Self::new(Format::F16, kernels::f16::lay_out(values, rows, columns), Vec::new(), rows, columns)
+    }
+
+    /// Blocks in ggml's bytes.
+    fn blocks(of: BlockType, bytes: &[u8], rows: usize, columns: usize) -> Self {
+        let laid = blocks::lay_out(of, bytes, rows, columns);
+        Self { parts: Arc::new(laid.parts), ..Self::new(Format::Blocks(of), laid.lines, laid.scales, rows, columns) }
     }
 
     fn bf16(values: &[bf16], rows: usize, columns: usize) -> Self {
@@ -105,7 +76,7 @@ impl Packed {
 
     /// What the kernels read.
     pub fn weights(&self) -> Weights<'_> {
-        Weights { format: self.format, lines: &self.lines, scales: &self.scales, row_steps: self.row_steps, rows: self.rows }
+        Weights { format: self.format, lines: &self.lines, scales: &self.scales, parts: &self.parts, row_steps: self.row_steps, rows: self.rows }
     }
 
     /// Some rows as f32, [rows, columns].
@@ -121,37 +92,60 @@ impl Matrix {
     ///
     /// # Errors
     /// [`Error::Tensor`] for a missing, misshapen or non-finite tensor.
-    pub fn load(source: &dyn Source, name: &str, [rows, columns]: [usize; 2], weights: WeightType, device: &Device) -> Result<Self> {
-        match weights {
-            WeightType::Plain(dtype) => Self::new(source.load(name, &[rows, columns], dtype, device)?),
-            WeightType::Q8_0 => {
-                if source.shape(name).is_some_and(|shape| shape == [rows, columns])
-                    && let Some(bytes) = source.q8_0(name)?
-                {
-                    return Ok(Self::Packed(Packed::q8_of_gguf(&bytes, rows, columns)));
-                }
-                Self::of(&source.load(name, &[rows, columns], DType::F32, &Device::Cpu)?, weights)
-            }
+    pub fn load(source: &dyn Source, name: &str, [rows, columns]: [usize; 2], held: Held, device: &Device) -> Result<Self> {
+        if let Held::Plain(dtype) = held {
+            return Self::new(source.load(name, &[rows, columns], dtype, device)?);
+        }
+        if source.shape(name).is_none_or(|shape| shape != [rows, columns]) || source.block_type(name)? != Some(held) {
+            return Self::of(&source.load(name, &[rows, columns], DType::F32, &Device::Cpu)?, held);
+        }
+        let bytes = source.blocks(name)?;
+        let packed = match held {
+            Held::Blocks(of) => Packed::blocks(of, &bytes, rows, columns),
+            _ => Packed::q8_of_gguf(&bytes, rows, columns),
+        };
+        match packed.scales.iter().find(|scale| !scale.is_finite()) {
+            Some(scale) => Err(source.mismatch(name, "finite scales", &format!("{scale}: the weights are damaged"))),
+            None => Ok(Self::Packed(packed)),
         }
     }
 
     /// A matrix of plain numbers in their own type.
     pub fn new(values: Tensor) -> Result<Self> {
-        if values.dtype() != DType::BF16 || !values.device().is_cpu() {
+        if !values.device().is_cpu() {
             return Ok(Self::Plain(values));
         }
-        let (rows, columns) = values.dims2()?;
-        Ok(Self::Packed(Packed::bf16(&values.flatten_all()?.to_vec1::<bf16>()?, rows, columns)))
+        let shape = values.dims2()?;
+        Ok(match values.dtype() {
+            DType::BF16 => Self::Packed(Packed::bf16(&values.flatten_all()?.to_vec1::<bf16>()?, shape.0, shape.1)),
+            DType::F16 => Self::Packed(Packed::f16(&values.flatten_all()?.to_vec1::<f16>()?, shape.0, shape.1)),
+            _ => Self::Plain(values),
+        })
     }
 
-    /// A matrix of plain numbers, held as `weights`.
-    pub fn of(values: &Tensor, weights: WeightType) -> Result<Self> {
-        match weights {
-            WeightType::Plain(dtype) => Self::new(values.to_dtype(dtype)?),
-            WeightType::Q8_0 => {
-                let (rows, columns) = values.dims2()?;
-                Ok(Self::Packed(kernels::with_slice(&values.to_dtype(DType::F32)?, |values| Packed::q8(values, rows, columns))?))
+    /// A matrix of plain numbers, held otherwise.
+    pub fn of(values: &Tensor, held: Held) -> Result<Self> {
+        let (rows, columns) = values.dims2()?;
+        match held {
+            Held::Plain(dtype) => Self::new(values.to_dtype(dtype)?),
+            Held::Q8_0 => Ok(Self::Packed(kernels::with_slice(&values.to_dtype(DType::F32)?, |values| Packed::q8(values, rows, columns))?)),
+            Held::Blocks(of) => {
+                let blocks = QTensor::quantize(&values.to_dtype(DType::F32)?.contiguous()?, ggml(of))?;
+                Ok(Self::Packed(Packed::blocks(of, &blocks.data()?, rows, columns)))
             }
+        }
+    }
+
+    /// What it is held in.
+    pub fn held(&self) -> Held {
+        match self {
+            Self::Plain(tensor) => Held::Plain(tensor.dtype()),
+            Self::Packed(of) => match of.format {
+                Format::Bf16 => Held::Plain(DType::BF16),
+                Format::F16 => Held::Plain(DType::F16),
+                Format::Q8 => Held::Q8_0,
+                Format::Blocks(of) => Held::Blocks(of),
+            },
         }
     }
 
@@ -194,7 +188,10 @@ impl Matrix {
             Self::Plain(tensor) => Ok(tensor.clone()),
             Self::Packed(of) => {
                 let values = of.select(0..of.rows)?;
-                Ok(if of.format == Format::Bf16 { values.to_dtype(DType::BF16)? } else { values })
+                Ok(match self.held() {
+                    Held::Plain(dtype) => values.to_dtype(dtype)?,
+                    _ => values,
+                })
             }
         }
     }
@@ -207,24 +204,31 @@ impl Matrix {
         }
     }
 
-    /// Products of x [rows, columns] with several matrices transposed, in one go on the CPU.
+    /// Products of x [rows, columns] with several matrices transposed; on the CPU those of one type in one go.
     pub fn products<const N: usize>(matrices: [&Self; N], x: &Tensor) -> Result<Vec<Tensor>> {
-        let mut plain = Vec::with_capacity(N);
-        let mut packed: Vec<&Packed> = Vec::with_capacity(N);
-        for matrix in matrices {
-            match matrix {
-                Self::Plain(tensor) => plain.push(tensor),
-                Self::Packed(of) => packed.push(of),
+        let mut results: [Option<Tensor>; N] = [const { None }; N];
+        for first in 0..N {
+            if results[first].is_some() {
+                continue;
+            }
+            let alike: Vec<usize> = (first..N).filter(|i| matrices[*i].held() == matrices[first].held()).collect();
+            let of: Vec<&Self> = alike.iter().map(|i| matrices[*i]).collect();
+            for (i, y) in alike.into_iter().zip(Self::products_alike(&of, x)?) {
+                results[i] = Some(y);
             }
         }
+        Ok(results.into_iter().flatten().collect())
+    }
+
+    /// Products with matrices that are held in the same type.
+    fn products_alike(matrices: &[&Self], x: &Tensor) -> Result<Vec<Tensor>> {
+        let plain: Vec<&Tensor> = matrices.iter().filter_map(|matrix| if let Self::Plain(tensor) = matrix { Some(tensor) } else { None }).collect();
+        let packed: Vec<&Packed> = matrices.iter().filter_map(|matrix| if let Self::Packed(of) = matrix { Some(of) } else { None }).collect();
         if packed.is_empty() {
             if x.device().is_cpu() && x.dtype() == DType::F32 {
                 return kernels::matmul::linears(x, &plain);
             }
             return plain.iter().map(|w| Ok(x.contiguous()?.matmul(&w.t()?)?)).collect();
-        }
-        if !plain.is_empty() || packed.iter().any(|of| of.format != packed[0].format) {
-            return Err(Error::Input("layers over the same input are held in different types".into()));
         }
         let k = x.dim(candle_core::D::Minus1)?;
         let tokens = x.elem_count() / k.max(1);
@@ -246,32 +250,62 @@ impl Matrix {
     }
 }
 
+/// Candle's name of a type.
+fn ggml(of: BlockType) -> GgmlDType {
+    match of {
+        BlockType::Q4_0 => GgmlDType::Q4_0,
+        BlockType::Q4_1 => GgmlDType::Q4_1,
+        BlockType::Q5_0 => GgmlDType::Q5_0,
+        BlockType::Q5_1 => GgmlDType::Q5_1,
+        BlockType::Q2K => GgmlDType::Q2K,
+        BlockType::Q3K => GgmlDType::Q3K,
+        BlockType::Q4K => GgmlDType::Q4K,
+        BlockType::Q5K => GgmlDType::Q5K,
+        BlockType::Q6K => GgmlDType::Q6K,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn packed_rows_and_views_are_near_the_plain_ones() {
-        let values = Tensor::randn(0f32, 1.0, (37, 96), &Device::Cpu).unwrap();
-        let near = |a: &Tensor, b: &Tensor| {
+        let values = Tensor::randn(0f32, 1.0, (37, 512), &Device::Cpu).unwrap();
+        let near = |a: &Tensor, b: &Tensor, within: f32| {
             let flat = |t: &Tensor| t.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap().concat();
             let (a, b) = (flat(a), flat(b));
-            assert!(a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 0.02));
+            assert!(a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| (a - b).abs() < within));
         };
-        for weights in [WeightType::Q8_0, DType::BF16.into()] {
-            let packed = Matrix::of(&values, weights).unwrap();
-            near(&packed.tensor().unwrap(), &values);
-            near(&packed.select_rows(&[36, 0, 5]).unwrap(), &Matrix::Plain(values.clone()).select_rows(&[36, 0, 5]).unwrap());
+        let plain = [(DType::BF16, 0.02), (DType::F16, 0.002)].map(|(dtype, within)| (Held::Plain(dtype), within));
+        let blocks = BlockType::ALL.map(|of| (Held::Blocks(of), 8.0 / f32::powi(2.0, of.layout().bits as i32)));
+        for (held, within) in plain.into_iter().chain([(Held::Q8_0, 0.03)]).chain(blocks) {
+            let packed = Matrix::of(&values, held).unwrap();
+            assert_eq!(packed.held(), held);
+            near(&packed.tensor().unwrap(), &values, within);
+            near(&packed.select_rows(&[36, 0, 5]).unwrap(), &Matrix::Plain(values.clone()).select_rows(&[36, 0, 5]).unwrap(), within);
             let view = packed.narrow_rows(20).unwrap().narrow_columns(40).unwrap();
             assert_eq!((view.rows(), view.columns()), (20, 40));
-            near(&view.tensor().unwrap(), &values.narrow(0, 0, 20).unwrap().narrow(1, 0, 40).unwrap());
+            near(&view.tensor().unwrap(), &values.narrow(0, 0, 20).unwrap().narrow(1, 0, 40).unwrap(), within);
             // identity in: a view's columns come out
             let identity = Tensor::eye(40, DType::F32, &Device::Cpu).unwrap();
             let columns = Matrix::products([&view, &view.narrow_rows(3).unwrap()], &identity).unwrap();
-            near(&columns[0].t().unwrap().contiguous().unwrap(), &view.tensor().unwrap());
+            near(&columns[0].t().unwrap().contiguous().unwrap(), &view.tensor().unwrap(), 1e-3);
             assert_eq!(columns[1].dims(), [40, 3]);
             assert!(Matrix::products([&packed], &identity).is_err(), "another number of inputs");
-            assert!(Matrix::products([&view, &Matrix::Plain(values.narrow(1, 0, 40).unwrap())], &identity).is_err(), "two types");
+        }
+    }
+
+    #[test]
+    fn matrices_of_several_types_over_one_input_have_the_results_that_each_has_alone() {
+        let x = Tensor::randn(0f32, 1.0, (3, 256), &Device::Cpu).unwrap();
+        let of = |rows: usize, held| Matrix::of(&Tensor::randn(0f32, 1.0, (rows, 256), &Device::Cpu).unwrap(), held).unwrap();
+        let (a, b, c) = (of(20, Held::Blocks(BlockType::Q4K)), of(7, Held::Blocks(BlockType::Q6K)), of(33, Held::Blocks(BlockType::Q4K)));
+        let (d, e) = (of(5, Held::Plain(DType::F32)), of(9, Held::Q8_0));
+        let together = Matrix::products([&a, &b, &c, &d, &e], &x).unwrap();
+        for (y, matrix) in together.iter().zip([&a, &b, &c, &d, &e]) {
+            let alone = Matrix::products([matrix], &x).unwrap();
+            assert_eq!(y.to_vec2::<f32>().unwrap(), alone[0].to_vec2::<f32>().unwrap());
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Where tensors come from: one trait, two implementations (safetensors and GGUF), so that all after it is the same.
 
+use crate::held::Held;
 use crate::{Architecture, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use std::borrow::Cow;
@@ -46,12 +47,25 @@ pub trait Source: Send + Sync + std::fmt::Debug {
         Ok(self.raw(name)?.dtype)
     }
 
-    /// The blocks of a tensor that is stored as Q8_0: of every 32 elements of a row a little-endian f16 scale and 32 signed bytes. `None`: it isn't.
+    /// What holds a tensor's blocks as they are, of one that is stored in blocks. `None`: [`Source::dtype`] is what it is stored in.
     ///
     /// # Errors
     /// As [`Source::raw`].
-    fn q8_0(&self, _name: &str) -> Result<Option<Cow<'_, [u8]>>> {
+    fn block_type(&self, _name: &str) -> Result<Option<Held>> {
         Ok(None)
+    }
+
+    /// The blocks of a tensor that has a [`Source::block_type`], as ggml has their bytes.
+    ///
+    /// # Errors
+    /// As [`Source::raw`], and for a tensor without blocks.
+    fn blocks(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        Err(self.mismatch(name, "a tensor in blocks", "plain numbers"))
+    }
+
+    /// Whether the types that tensors are stored in were chosen for running the model, as a GGUF's are.
+    fn keeps_types(&self) -> bool {
+        false
     }
 
     /// How the tensor is stored.

@@ -70,6 +70,15 @@ impl SubBlock {
         &self.output
     }
 
+    /// All of its linear layers.
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let inner: [Option<&Linear>; 3] = match &self.inner {
+            Inner::Attention { q, k, v, .. } => [Some(q), Some(k), Some(v)],
+            Inner::Mlp { gate, up, .. } => [gate.as_ref(), Some(up), None],
+        };
+        inner.into_iter().flatten().chain([&self.output])
+    }
+
     /// The same sub-block with another output layer, over the first `output.inputs() / unit` groups or channels.
     ///
     /// # Errors

@@ -98,7 +98,7 @@ impl Supernet {
         }
         let Some(layer) = levels.output(s, level, &self.decoder)? else { return Ok(None) };
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = self.decoder.weight_type().bytes(layer.outputs() * layer.inputs());
+        let bytes = layer.weight_bytes();
         if cache.bytes + bytes <= CACHED_BYTES {
             cache.bytes += bytes;
             cache.layers.insert((s, level), layer.clone());

@@ -8,7 +8,7 @@ use crate::scheduler::{Limits, Scheduler, Withdrawn};
 use crate::sequence::Sequence;
 use crate::speculation::{Drafting, Speculation};
 use crate::stats::Shared;
-use evop_model::{BLOCK_TOKENS, Decoder, Elastic, KvPool, Positions};
+use evop_model::{BLOCK_TOKENS, DType, Decoder, Elastic, KvPool, Positions};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -39,6 +39,8 @@ pub struct EngineConfig {
     pub max_model_len: usize,
     /// Bytes of key/value cache, in blocks of 32 tokens. Sequences take blocks as they grow; when there are none left, who came last gives way.
     pub kv_budget_bytes: usize,
+    /// What keys and values are held in: what the model computes in, or on the CPU f16 for half the memory.
+    pub kv_dtype: DType,
     /// Whether a thinner form of the model drafts for the whole one. The tokens stay the same.
     pub speculation: Option<Speculation>,
 }
@@ -48,9 +50,10 @@ impl EngineConfig {
     pub fn for_decoder(decoder: &Decoder) -> Self {
         let max_model_len = decoder.config().max_position_embeddings;
         let max_concurrent = 32;
-        let one = max_model_len * kv_bytes_per_token(decoder);
+        let kv_dtype = decoder.dtype();
+        let one = max_model_len * decoder.config().kv_bytes_per_token(kv_dtype.size_in_bytes());
         let kv_budget_bytes = (max_concurrent * one).min(DEFAULT_KV_BUDGET_BYTES).max(one);
-        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, decode_slowdown: Some(2.0), max_model_len, kv_budget_bytes, speculation: None }
+        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, decode_slowdown: Some(2.0), max_model_len, kv_budget_bytes, kv_dtype, speculation: None }
     }
 
     fn validate(&self, members: usize) -> Result<(), Error> {
@@ -78,13 +81,9 @@ impl EngineConfig {
     }
 }
 
-fn kv_bytes_per_token(decoder: &Decoder) -> usize {
-    decoder.config().kv_bytes_per_token(decoder.dtype().size_in_bytes())
-}
-
 /// Blocks that the budget is enough for; a model without attention needs none of the memory, but every sequence its table.
 fn blocks(decoder: &Decoder, config: &EngineConfig) -> usize {
-    match KvPool::bytes_per_block(decoder.config(), decoder.dtype()) {
+    match KvPool::bytes_per_block(decoder.config(), config.kv_dtype) {
         0 => config.max_concurrent * config.max_model_len.div_ceil(BLOCK_TOKENS),
         bytes => config.kv_budget_bytes / bytes,
     }
@@ -131,14 +130,21 @@ impl Engine {
         if matches!(decoder.config().positions, Positions::Learned { .. }) && config.max_model_len > positions {
             return Err(Error::Config(format!("max_model_len: expected at most the model's {positions} learned positions, found {}", config.max_model_len)));
         }
+        if config.kv_dtype != decoder.dtype() && !(decoder.device().is_cpu() && config.kv_dtype == DType::F16) {
+            return Err(Error::Config(format!(
+                "kv_dtype: keys and values are held in {}, which this model computes in, or on the CPU in f16; found {}",
+                decoder.dtype().as_str(),
+                config.kv_dtype.as_str()
+            )));
+        }
         let blocks = blocks(decoder, &config);
         let drafter = config.speculation.map_or(0, |s| s.member);
-        Self::spawn(ModelRunner::new(model, blocks, drafter).map_err(Error::Cache)?, eos_token_ids, config)
+        Self::spawn(ModelRunner::new(model, blocks, config.kv_dtype, drafter).map_err(Error::Cache)?, eos_token_ids, config)
     }
 
     fn spawn(runner: ModelRunner, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
         let decoder = runner.decoder();
-        let (vocab_size, block_bytes) = (decoder.config().vocab_size, KvPool::bytes_per_block(decoder.config(), decoder.dtype()));
+        let (vocab_size, block_bytes) = (decoder.config().vocab_size, KvPool::bytes_per_block(decoder.config(), config.kv_dtype));
         let EngineConfig { max_concurrent, max_batch_tokens, decode_slowdown, .. } = config;
         let scheduler = Scheduler::new(Limits { max_concurrent, max_batch_tokens, decode_slowdown }, runner.blocks());
         let shared = Arc::new(Shared::new(runner.blocks(), block_bytes));
@@ -353,7 +359,7 @@ mod tests {
         let decoder = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
         // one token a step and sequence, two sequences: the second request's prompt is still read while the first decodes
         let config = EngineConfig { max_batch_tokens: 2, max_concurrent: 2, ..EngineConfig::for_decoder(&decoder) };
-        let mut runner = ModelRunner::new(decoder.into(), 64, 0).unwrap();
+        let mut runner = ModelRunner::new(decoder.into(), 64, DType::F32, 0).unwrap();
         runner.fault = Some(fault);
         Engine::spawn(runner, vec![0], config).unwrap()
     }
@@ -419,6 +425,7 @@ mod tests {
             decode_slowdown: None,
             max_model_len: 8,
             kv_budget_bytes: 0,
+            kv_dtype: DType::F32,
             speculation: None,
         };
         assert!(config.validate(1).unwrap_err().to_string().starts_with("max_batch_tokens"));

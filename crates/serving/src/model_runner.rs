@@ -3,7 +3,7 @@
 use crate::logprobs::token_logprobs;
 use crate::sampler::Sampler;
 use crate::sequence::Sequence;
-use evop_model::{Decoder, Device, Elastic, KvPool, Result, Span, Tensor};
+use evop_model::{DType, Decoder, Device, Elastic, KvPool, Result, Span, Tensor};
 
 /// Rows of logits that prompt scoring holds at a time: bounds memory for large vocabularies.
 const PROMPT_LOGITS_ROWS: usize = 64;
@@ -25,11 +25,11 @@ pub(crate) struct ModelRunner {
 }
 
 impl ModelRunner {
-    /// With so many blocks of 32 tokens.
-    pub fn new(model: Elastic, blocks: usize, drafter: usize) -> Result<Self> {
+    /// With so many blocks of 32 tokens, their keys and values held in `kv_dtype`.
+    pub fn new(model: Elastic, blocks: usize, kv_dtype: DType, drafter: usize) -> Result<Self> {
         let decoder = model.parent();
         Ok(Self {
-            pool: KvPool::new(decoder.config(), decoder.dtype(), decoder.device(), blocks)?,
+            pool: KvPool::new(decoder.config(), kv_dtype, decoder.device(), blocks)?,
             model,
             drafter,
             #[cfg(test)]

@@ -5,6 +5,7 @@ mod serve;
 mod shape;
 
 use super::model_args::ModelArgs;
+use crate::config::KvDTypeChoice;
 use crate::models::ModelSource;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
@@ -53,7 +54,7 @@ pub struct MeasuredArgs {
 impl MeasuredArgs {
     /// The checkpoint or the random weights, loaded.
     pub fn load(&self) -> Result<Decoder> {
-        let Some(shape) = self.random else { return Ok(self.model.load()?.1) };
+        let Some(shape) = self.random else { return self.model.decoder_to_run(&self.model.checkpoint()?) };
         let device = self.model.device.open()?;
         shape.decoder(&device, weight_type(&device, self.model.dtype.weights())?)
     }
@@ -67,6 +68,9 @@ pub struct CommonArgs {
     /// Another checkpoint, measured in turns with the first one.
     #[arg(long, value_name = "MODEL")]
     pub against: Option<String>,
+    /// What keys and values are held in.
+    #[arg(long, value_enum, default_value_t = KvDTypeChoice::Auto)]
+    pub kv_dtype: KvDTypeChoice,
     /// Measurements of each; medians count.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     pub repeats: u16,
@@ -126,11 +130,11 @@ pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
     match &args.what {
         Bench::Decode(a) => {
             let least = a.batch.iter().copied().chain([a.prompt, a.tokens]).min();
-            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, |d, size| decode(d, size, a.prompt, a.tokens))
+            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, |d, size| decode(d, a.common.kv_dtype, size, a.prompt, a.tokens))
         }
         Bench::Prefill(a) => {
             let ends = (a.length.iter().copied().min(), a.length.iter().copied().max());
-            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), prefill)
+            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), |d, length| prefill(d, a.common.kv_dtype, length))
         }
         Bench::Search(a) => search::run(a, threads),
         Bench::Serve(a) => serve::run(a, threads),
@@ -175,9 +179,10 @@ fn speeds(
         let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
         let ideal = |of: &dyn Fn(&Config) -> usize| other.as_ref().map(|o| of(o.config()) as f64 / of(decoder.config()) as f64);
         let with_head = |c: &Config| c.block_parameters() + c.vocab_size * c.hidden_size;
+        let bytes = |d: &Decoder| d.multiplied_bytes() as f64;
         // (a prompt needs the head for its last token only)
         let multiplied = |c: &Config| if decoding { with_head(c) } else { c.block_parameters() };
-        let read = decoding.then(|| own[0] / *size as f64 * decoder.weight_type().bytes(with_head(decoder.config())) as f64);
+        let read = decoding.then(|| own[0] / *size as f64 * bytes(&decoder));
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
@@ -185,7 +190,7 @@ fn speeds(
             gigabytes_per_second: read.map(|r| r / 1e9),
             share_of_bandwidth: read.filter(|_| !bandwidth.is_empty()).map(|r| r / spread(bandwidth.clone())[0]),
             speed_up: against.map(|a| own[0] / a[0]),
-            ideal_by_bytes: ideal(&with_head),
+            ideal_by_bytes: other.as_ref().map(|o| bytes(o) / bytes(&decoder)),
             ideal_by_flops: ideal(&multiplied),
         });
     }
@@ -210,12 +215,10 @@ fn speeds(
     Ok(())
 }
 
-/// Another checkpoint on the same device, in the same type.
+/// Another checkpoint on the same device, in the same type if one was said.
 fn load_beside(name: &str, like: &ModelArgs) -> Result<Decoder> {
-    let device = like.device.open()?;
-    let weights = weight_type(&device, like.dtype.weights())?;
     let checkpoint = ModelSource::parse(Some(name))?.open(None).with_context(|| format!("--against {name}"))?;
-    Ok(checkpoint.decoder(&device, weights)?)
+    like.decoder_to_run(&checkpoint)
 }
 
 /// Bytes a second that all threads read together out of memory that no cache holds.
@@ -242,9 +245,9 @@ fn token(i: usize, config: &Config) -> u32 {
 }
 
 /// New tokens a second over all of `sequences` at once, after prompts that aren't timed.
-pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
+pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
     let config = decoder.config();
-    let mut cache = FixedCache::new(config, decoder.dtype(), decoder.device(), &vec![prompt + tokens; sequences])?;
+    let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &vec![prompt + tokens; sequences])?;
     let mut next = Vec::with_capacity(sequences);
     for s in 0..sequences {
         let ids: Vec<u32> = (0..prompt).map(|i| token(i + 31 * s, config)).collect();
@@ -258,9 +261,9 @@ pub fn decode(decoder: &Decoder, sequences: usize, prompt: usize, tokens: usize)
 }
 
 /// Prompt tokens a second of one sequence, to its first new token.
-fn prefill(decoder: &Decoder, length: usize) -> Result<f64> {
+fn prefill(decoder: &Decoder, kv_dtype: KvDTypeChoice, length: usize) -> Result<f64> {
     let config = decoder.config();
-    let mut cache = FixedCache::new(config, decoder.dtype(), decoder.device(), &[length])?;
+    let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &[length])?;
     let ids: Vec<u32> = (0..length).map(|i| token(i, config)).collect();
     let started = Instant::now();
     step(decoder, &ids, &[Span { past: 0, len: length }], cache.of([0]))?;

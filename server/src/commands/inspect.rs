@@ -1,9 +1,11 @@
 //! `evop inspect`: what a checkpoint has, layer by layer.
 
 use super::model_name::ModelName;
+use crate::config::DTypeChoice;
 use anyhow::Result;
 use clap::Args;
-use evop_model::{Checkpoint, Gene, ShapeOrigin, TensorNames};
+use evop_model::device::weight_type;
+use evop_model::{Checkpoint, Device, Gene, HeldBytes, ShapeOrigin, TensorNames, held_in_words};
 use evop_pruning::picture;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -14,6 +16,9 @@ use std::collections::BTreeMap;
 pub struct InspectArgs {
     #[command(flatten)]
     pub model: ModelName,
+    /// What the weights are to be held in: says what that is in memory.
+    #[arg(long, env = "EVOP_DTYPE", value_enum, default_value_t = DTypeChoice::Auto)]
+    pub dtype: DTypeChoice,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
@@ -33,10 +38,12 @@ struct Part {
 pub fn run(args: &InspectArgs) -> Result<()> {
     let (checkpoint, _) = args.model.open()?;
     let parts = parts(&checkpoint)?;
+    let weights = weight_type(&Device::Cpu, args.dtype.weights_to_serve(&Device::Cpu, &checkpoint))?;
+    let held = weights.of_all(checkpoint.config(), checkpoint.source().as_ref())?;
     if args.json {
-        println!("{:#}", summary(&checkpoint, &parts));
+        println!("{:#}", summary(&checkpoint, &parts, &held));
     } else {
-        print(&checkpoint, &parts);
+        print(&checkpoint, &parts, &held);
     }
     Ok(())
 }
@@ -91,7 +98,7 @@ fn pattern(checkpoint: &Checkpoint) -> (String, bool) {
     (picture::widths(&widths), of_parent)
 }
 
-fn summary(checkpoint: &Checkpoint, parts: &[(&'static str, Part)]) -> Value {
+fn summary(checkpoint: &Checkpoint, parts: &[(&'static str, Part)], held: &HeldBytes) -> Value {
     let config = checkpoint.config();
     let layer = |l: &evop_model::LayerConfig| {
         json!({
@@ -103,13 +110,14 @@ fn summary(checkpoint: &Checkpoint, parts: &[(&'static str, Part)]) -> Value {
         "path": checkpoint.path(), "model_type": config.architecture.model_type(), "parameters": config.parameters(),
         "block_parameters": config.block_parameters(), "weight_bytes": parts.iter().map(|(_, p)| p.bytes).sum::<u64>(),
         "parts": parts.iter().map(|(name, part)| ((*name).to_string(), json!(part))).collect::<serde_json::Map<_, _>>(),
+        "in_memory": held.iter().map(|(of, (tensors, bytes))| ((*of).to_string(), json!({"tensors": tensors, "bytes": bytes}))).collect::<serde_json::Map<_, _>>(),
         "kv_bytes_per_token_16bit": config.kv_bytes_per_token(2), "hidden_size": config.hidden_size, "head_dim": config.head_dim,
         "vocab_size": config.vocab_size, "max_position_embeddings": config.max_position_embeddings,
         "layers": config.layers.iter().map(layer).collect::<Vec<_>>(), "pattern": pattern(checkpoint).0, "provenance": checkpoint.provenance(),
     })
 }
 
-fn print(checkpoint: &Checkpoint, parts: &[(&'static str, Part)]) {
+fn print(checkpoint: &Checkpoint, parts: &[(&'static str, Part)], held: &HeldBytes) {
     let config = checkpoint.config();
     println!(
         "{}: {}, {:.3} M parameters ({:.3} M in blocks)",
@@ -137,6 +145,7 @@ fn print(checkpoint: &Checkpoint, parts: &[(&'static str, Part)]) {
         all.bytes += part.bytes;
     }
     row("all", &all);
+    println!("matrices in memory when served on a CPU: {}", held_in_words(held));
     println!("\n{:>5}{:>11}{:>12}{:>10}  shape from", "layer", "KV groups", "group size", "MLP");
     for (i, layer) in config.layers.iter().enumerate() {
         println!("{i:>5}{:>11}{:>12}{:>10}  {}", layer.shape.kv_groups, layer.shape.group_size, layer.shape.ffn, origin(layer.origin));

@@ -5,7 +5,7 @@ use crate::models::ModelSource;
 use anyhow::{Context, Result};
 use clap::Args;
 use evop_model::device::{DeviceChoice, weight_type};
-use evop_model::{Checkpoint, Decoder};
+use evop_model::{Checkpoint, Config, Decoder, Device, Source, WeightType};
 use std::io::Read;
 use std::path::Path;
 
@@ -32,14 +32,32 @@ impl ModelArgs {
         ModelSource::parse(self.model.as_deref())?.open(self.revision.as_deref())
     }
 
-    /// The checkpoint with its weights loaded.
+    /// The checkpoint with its weights loaded, on the CPU in f32 unless another type was said.
     pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
         let checkpoint = self.checkpoint()?;
-        let device = self.device.open()?;
-        let weights = weight_type(&device, self.dtype.weights())?;
-        let decoder = checkpoint.decoder(&device, weights)?;
+        let decoder = self.decoder(&checkpoint, |_| self.dtype.weights())?;
         Ok((checkpoint, decoder))
     }
+
+    /// A checkpoint's weights as they are run: a GGUF's in its own types, unless another type was said.
+    pub fn decoder_to_run(&self, checkpoint: &Checkpoint) -> Result<Decoder> {
+        self.decoder(checkpoint, |device| self.dtype.weights_to_run(device, checkpoint))
+    }
+
+    fn decoder(&self, checkpoint: &Checkpoint, weights: impl Fn(&Device) -> Option<WeightType>) -> Result<Decoder> {
+        let device = self.device.open()?;
+        let weights = weight_type(&device, weights(&device))?;
+        warn(weights, checkpoint.config(), checkpoint.source().as_ref())?;
+        Ok(checkpoint.decoder(&device, weights)?)
+    }
+}
+
+/// Says on stderr what about this type is to be said.
+pub fn warn(weights: WeightType, config: &Config, source: &dyn Source) -> Result<()> {
+    if let Some(warning) = weights.warning(config, source)? {
+        eprintln!("warning: {warning}");
+    }
+    Ok(())
 }
 
 const BUNDLED_CALIBRATION: &[u8] = include_bytes!("../../../models/tiny/calibration.txt.gz");

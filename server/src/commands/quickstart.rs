@@ -7,7 +7,7 @@ use super::model_args::ModelArgs;
 use super::progress::{Display, ProgressStyle};
 use super::prune;
 use super::prune_args::PruneArgs;
-use crate::config::DTypeChoice;
+use crate::config::{DTypeChoice, KvDTypeChoice};
 use anyhow::{Context, Result, bail};
 use clap::{Args, FromArgMatches};
 use evop_model::device::{DeviceChoice, weight_type};
@@ -86,8 +86,8 @@ fn speeds(pruned: &Path) -> Result<(f64, f64)> {
     let pruned = load(Checkpoint::open(pruned)?)?;
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        a.push(bench::decode(&dense, 1, 1, MEASURED_TOKENS)?);
-        b.push(bench::decode(&pruned, 1, 1, MEASURED_TOKENS)?);
+        a.push(bench::decode(&dense, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS)?);
+        b.push(bench::decode(&pruned, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS)?);
     }
     let median = |mut v: Vec<f64>| {
         v.sort_by(f64::total_cmp);

@@ -6,6 +6,7 @@ mod admin;
 mod bench_serve;
 mod chat;
 mod completions;
+mod dtypes;
 mod errors;
 mod evaluate;
 mod export;

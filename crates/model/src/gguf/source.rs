@@ -3,6 +3,8 @@
 use super::metadata::Metadata;
 use super::{ZERO_ATTENTION, ZERO_FEED_FORWARD};
 use crate::config::{Architecture, Config};
+use crate::held::Held;
+use crate::kernels::ggml::BlockType;
 use crate::safetensors_source::Bytes;
 use crate::source::{RawTensor, Source, Stored};
 use crate::{Error, Result};
@@ -157,6 +159,24 @@ fn plain_type(kind: GgmlDType) -> Option<DType> {
     }
 }
 
+/// What holds blocks of a type as they are.
+fn held(kind: GgmlDType) -> Option<Held> {
+    Some(match kind {
+        GgmlDType::Q4_0 => Held::Blocks(BlockType::Q4_0),
+        GgmlDType::Q4_1 => Held::Blocks(BlockType::Q4_1),
+        GgmlDType::Q5_0 => Held::Blocks(BlockType::Q5_0),
+        GgmlDType::Q5_1 => Held::Blocks(BlockType::Q5_1),
+        GgmlDType::Q8_0 => Held::Q8_0,
+        GgmlDType::Q2K => Held::Blocks(BlockType::Q2K),
+        GgmlDType::Q3K => Held::Blocks(BlockType::Q3K),
+        GgmlDType::Q4K => Held::Blocks(BlockType::Q4K),
+        GgmlDType::Q5K => Held::Blocks(BlockType::Q5K),
+        GgmlDType::Q6K => Held::Blocks(BlockType::Q6K),
+        // plain numbers, and what ggml has for activations alone: read as f32
+        GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 | GgmlDType::Q8_1 | GgmlDType::Q8K => return None,
+    })
+}
+
 impl Source for GgufSource {
     fn names(&self) -> Vec<String> {
         self.names.keys().cloned().collect()
@@ -192,17 +212,17 @@ impl Source for GgufSource {
         Ok(RawTensor { dtype, shape, bytes })
     }
 
-    fn q8_0(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {
+    fn block_type(&self, name: &str) -> Result<Option<Held>> {
+        Ok(held(self.info(name)?.0.ggml_dtype))
+    }
+
+    fn blocks(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         let (info, _, heads) = self.info(name)?;
-        if info.ggml_dtype != GgmlDType::Q8_0 {
-            return Ok(None);
-        }
-        let bytes = self.file_bytes(info);
-        let scale = |block: &[u8]| half::f16::from_le_bytes([block[0], block[1]]);
-        if let Some(at) = bytes.chunks_exact(34).position(|block| !scale(block).is_finite()) {
-            return Err(self.mismatch(name, "finite scales", &format!("{} in block {at}: the weights are damaged", scale(&bytes[34 * at..]))));
-        }
-        Ok(Some(self.in_order(name, Cow::Borrowed(bytes), info.shape.dims().first().copied().unwrap_or(0), heads)?))
+        self.in_order(name, Cow::Borrowed(self.file_bytes(info)), info.shape.dims().first().copied().unwrap_or(0), heads)
+    }
+
+    fn keeps_types(&self) -> bool {
+        true
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error {

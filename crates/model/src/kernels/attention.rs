@@ -8,10 +8,19 @@ use crate::attention::AttentionSpec;
 use crate::batch::Span;
 use crate::cache::BLOCK_TOKENS;
 use candle_core::Tensor;
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 /// Query positions that one task handles together.
 const QUERY_TILE: usize = 16;
+
+/// Numbers of a cache.
+#[derive(Clone, Copy)]
+pub(crate) enum Numbers<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+}
 
 /// Where the keys or the values of one sequence lie.
 #[derive(Clone, Copy)]
@@ -19,35 +28,40 @@ pub(crate) enum Lines<'a> {
     /// One after the other: [tokens, kv_groups, d].
     Packed(&'a [f32]),
     /// In blocks: [blocks][groups][32][d], of which the table names the sequence's.
-    Blocks { data: &'a [f32], table: &'a [u32], groups: usize },
+    Blocks { data: Numbers<'a>, table: &'a [u32], groups: usize },
 }
 
-impl<'a> Lines<'a> {
-    /// The rows of a group at positions `from..to` (absolute), in runs of (first position, rows, number).
-    fn runs(self, spec: &AttentionSpec, group: usize, from: usize, to: usize) -> impl Iterator<Item = (usize, RowMajor, usize)> + 'a {
+impl Lines<'_> {
+    /// Calls `f(first position, rows, number)` with the rows of a group at positions `from..to` (absolute), in runs. Rows in f16 are widened run by run into
+    /// `wide`, which stays in the first-level cache: from memory they come in half the bytes.
+    fn each_run(self, spec: &AttentionSpec, group: usize, from: usize, to: usize, wide: &mut Vec<f32>, mut f: impl FnMut(usize, RowMajor, usize)) {
         let (d, kv_groups) = (spec.head_dim, spec.kv_groups);
-        let longest = match self {
-            Self::Packed(_) => usize::MAX,
-            Self::Blocks { .. } => BLOCK_TOKENS,
+        let (data, table, groups) = match self {
+            Self::Packed(data) => {
+                if from < to {
+                    let rows = data[(from * kv_groups + group) * d..][..((to - from - 1) * kv_groups + 1) * d].as_ptr();
+                    f(from, RowMajor { data: rows, stride: kv_groups * d }, to - from);
+                }
+                return;
+            }
+            Self::Blocks { data, table, groups } => (data, table, groups),
         };
         let mut at = from;
-        std::iter::from_fn(move || {
-            if at >= to {
-                return None;
-            }
-            let count = (longest - at % longest).min(to - at);
-            let rows = match self {
-                Self::Packed(data) => {
-                    RowMajor { data: data[(at * kv_groups + group) * d..][..((count - 1) * kv_groups + 1) * d].as_ptr(), stride: kv_groups * d }
-                }
-                Self::Blocks { data, table, groups } => {
-                    let first = (table[at / BLOCK_TOKENS] as usize * groups + group) * BLOCK_TOKENS + at % BLOCK_TOKENS;
-                    RowMajor { data: data[first * d..(first + count) * d].as_ptr(), stride: d }
+        while at < to {
+            let count = (BLOCK_TOKENS - at % BLOCK_TOKENS).min(to - at);
+            let first = (table[at / BLOCK_TOKENS] as usize * groups + group) * BLOCK_TOKENS + at % BLOCK_TOKENS;
+            let range = first * d..(first + count) * d;
+            let rows = match data {
+                Numbers::F32(data) => &data[range],
+                Numbers::F16(data) => {
+                    wide.resize(BLOCK_TOKENS * d, 0.0);
+                    data[range].convert_to_f32_slice(&mut wide[..count * d]);
+                    &wide[..count * d]
                 }
             };
+            f(at, RowMajor { data: rows.as_ptr(), stride: d }, count);
             at += count;
-            Some((at - count, rows, count))
-        })
+        }
     }
 }
 
@@ -123,11 +137,11 @@ fn tile(spec: &AttentionSpec, q: &[f32], sequence: &Sequence<'_>, group: usize, 
         let from = query * width + group * group_size * d;
         scaled.extend(q[from..from + group_size * d].iter().map(|x| x * scale));
     }
-    let mut scores = vec![0f32; lines * keys];
-    for (key, rows, count) in sequence.k.runs(spec, group, first_key, last_key) {
+    let (mut scores, mut wide) = (vec![0f32; lines * keys], Vec::new());
+    sequence.k.each_run(spec, group, first_key, last_key, &mut wide, |key, rows, count| {
         // SAFETY: `count` rows of keys, `lines` rows of the scaled queries, and the scores of those keys
         unsafe { dot::block(RowMajor { data: scaled.as_ptr(), stride: d }, lines, rows, count, d, scores.as_mut_ptr().add(key - first_key), keys) };
-    }
+    });
     let range = |line: usize| {
         let position = past + first + line / group_size;
         (window.map_or(0, |w| (position + 1).saturating_sub(w)) - first_key, position + 1 - first_key)
@@ -141,13 +155,13 @@ fn tile(spec: &AttentionSpec, q: &[f32], sequence: &Sequence<'_>, group: usize, 
     let out: Vec<*mut f32> = (0..lines).map(|line| unsafe { out.get().add((row + line / group_size) * width + head(line) * d) }).collect();
     // SAFETY: d elements each
     out.iter().for_each(|line| unsafe { line.write_bytes(0, d) });
-    for (key, rows, count) in sequence.v.runs(spec, group, first_key, last_key) {
+    sequence.v.each_run(spec, group, first_key, last_key, &mut wide, |key, rows, count| {
         let start = key - first_key;
         let within: Vec<(usize, usize)> =
             ranges.iter().map(|(from, to)| (from.clamp(&start, &(start + count)) - start, to.clamp(&start, &(start + count)) - start)).collect();
         // SAFETY: `count` rows of values, ranges within them, and lines of the output that are this task's
         unsafe { dot::weighted_sums(&scores[start..], keys, &within, rows, &out, d) };
-    }
+    });
 }
 
 #[cfg(test)]
@@ -207,10 +221,21 @@ mod tests {
                 }
                 data
             };
+            let paged = |k, v| {
+                let lines = |data| Lines::Blocks { data, table: &table, groups };
+                attend(&spec, &q, &[Sequence { k: lines(k), v: lines(v), span: Span { past, len } }]).unwrap().to_vec2::<f32>().unwrap()
+            };
+            let together = |k: &Tensor, v: &Tensor| attend_tensors(&spec, &q, k, v, past).unwrap().to_vec2::<f32>().unwrap();
             let (keys, values) = (blocks(&k), blocks(&v));
-            let lines = |data| Lines::Blocks { data, table: &table, groups };
-            let paged = attend(&spec, &q, &[Sequence { k: lines(&keys), v: lines(&values), span: Span { past, len } }]).unwrap();
-            assert_eq!(paged.to_vec2::<f32>().unwrap(), attend_tensors(&spec, &q, &k, &v, past).unwrap().to_vec2::<f32>().unwrap(), "{window:?} {past} {len}");
+            assert_eq!(paged(Numbers::F32(&keys), Numbers::F32(&values)), together(&k, &v), "{window:?} {past} {len}");
+            // in f16: the bits of keys and values that were rounded to it
+            let [halves_k, halves_v] = [&keys, &values].map(|data| data.iter().map(|v| f16::from_f32(*v)).collect::<Vec<_>>());
+            let rounded = |t: &Tensor| t.to_dtype(candle_core::DType::F16).unwrap().to_dtype(candle_core::DType::F32).unwrap();
+            let halves = paged(Numbers::F16(&halves_k), Numbers::F16(&halves_v));
+            assert_eq!(halves, together(&rounded(&k), &rounded(&v)), "{window:?} {past} {len}");
+            for (a, b) in halves.iter().flatten().zip(together(&k, &v).iter().flatten()) {
+                assert!((a - b).abs() < 5e-3, "{window:?} {past} {len}: {a} {b}");
+            }
         }
     }
 }

@@ -126,7 +126,7 @@ mod tests {
             let w = rounded(numbers(rows * k, 3));
             let x = numbers(tokens * k, 40);
             let lines = lay_out(&w, rows, k);
-            let weights = Weights { format: Format::Bf16, lines: &lines, scales: &[], row_steps: k.div_ceil(STEP), rows };
+            let weights = Weights { format: Format::Bf16, lines: &lines, scales: &[], parts: &[], row_steps: k.div_ceil(STEP), rows };
             let by = |multiply: Multiply<'_>, x: &[f32], tokens: usize| {
                 let mut y = unfilled(tokens * rows);
                 multiply(x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
@@ -157,7 +157,7 @@ mod tests {
         let cut: Vec<bf16> = w.chunks(k).flat_map(|row| row[..narrow].to_vec()).collect();
         let x = numbers(tokens * narrow, 5);
         let by = |lines: &[Line], row_steps: usize| {
-            let weights = Weights { format: Format::Bf16, lines, scales: &[], row_steps, rows };
+            let weights = Weights { format: Format::Bf16, lines, scales: &[], parts: &[], row_steps, rows };
             let mut y = unfilled(tokens * rows);
             multiply(&x, tokens, narrow, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
             y

@@ -131,11 +131,11 @@ mod tests {
     #[test]
     fn log_probabilities_are_those_of_the_whole_row_with_and_without_logits() {
         for (rows, vocab, k) in [(1, 700, 64), (70, 1500, 64), (33, 512, 96), (3, 40, 33)] {
-            for dtype in [DType::F32, DType::BF16] {
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
                 let x = Tensor::randn(0f32, 1.0, (rows, k), &Device::Cpu).unwrap();
                 let w = Tensor::randn(0f32, 1.0, (vocab, k + 32), &Device::Cpu).unwrap();
                 let ids: Vec<u32> = (0..rows * 5).map(|i| (i * 7919 % vocab) as u32).collect();
-                let head = Linear::new(w, None).unwrap().held_in(dtype.into()).unwrap().narrow_in(k).unwrap();
+                let head = Linear::new(w, None).unwrap().held_in(crate::Held::Plain(dtype)).unwrap().narrow_in(k).unwrap();
                 let found = log_probabilities(&x, &head, &ids).unwrap();
                 let logits = head.forward(&x).unwrap();
                 // bits: the fused pass adds the same numbers in the same order

@@ -8,8 +8,11 @@
 mod amx;
 pub(crate) mod attention;
 pub(crate) mod bf16;
+pub(crate) mod blocks;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
+pub(crate) mod f16;
+pub(crate) mod ggml;
 pub(crate) mod head;
 pub mod matmul;
 pub(crate) mod packed;

@@ -1,7 +1,8 @@
 //! Weights laid out for vector instructions: sixteen rows side by side, 32 inputs at a time. A product reads them once, in order, as fast as memory
 //! gives them, and tiles and vectors take them as they are.
 
-use super::{SharedOut, bf16, q8};
+use super::blocks::{self, BlockType};
+use super::{SharedOut, bf16, f16 as half_precision, q8};
 use half::f16;
 use rayon::prelude::*;
 
@@ -24,8 +25,12 @@ pub(crate) struct Line(pub [u8; 64]);
 pub(crate) enum Format {
     /// [groups][steps][16 pairs of inputs][16 rows][2].
     Bf16,
+    /// [groups][steps][32 inputs][16 rows].
+    F16,
     /// [groups][steps][8 x 4 inputs][16 rows][4], and scales [groups][steps][16 rows].
     Q8,
+    /// Planes of bits, scales and parts of scales: as [`blocks`] says.
+    Blocks(BlockType),
 }
 
 impl Format {
@@ -33,7 +38,9 @@ impl Format {
     pub fn lines(self) -> usize {
         match self {
             Self::Bf16 => bf16::LINES,
+            Self::F16 => half_precision::LINES,
             Self::Q8 => q8::LINES,
+            Self::Blocks(of) => of.layout().bits,
         }
     }
 }
@@ -43,8 +50,10 @@ impl Format {
 pub(crate) struct Weights<'a> {
     pub format: Format,
     pub lines: &'a [Line],
-    /// None for bf16.
+    /// None for bf16 and f16.
     pub scales: &'a [f16],
+    /// What scales are multiplied with, of the types that have such parts.
+    pub parts: &'a [u8],
     /// Steps of a whole row.
     pub row_steps: usize,
     /// Rows that are used.
@@ -67,6 +76,8 @@ impl Weights<'_> {
         let (lines, own) = (self.step(row / GROUP, column / STEP), row % GROUP);
         match self.format {
             Format::Bf16 => bf16::at(lines, own, column % STEP),
+            Format::F16 => half_precision::at(lines, own, column % STEP),
+            Format::Blocks(of) => blocks::at(self, of, row, column),
             Format::Q8 => q8::at(lines, own, column % STEP) * self.scales(row / GROUP, column / STEP)[own].to_f32(),
         }
     }
@@ -101,7 +112,9 @@ pub(crate) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'
     }
     match products.first().map(|p| p.weights.format) {
         Some(Format::Bf16) => bf16::multiply(x, tokens, k, products),
+        Some(Format::F16) => half_precision::multiply(x, tokens, k, products),
         Some(Format::Q8) => q8::multiply(x, tokens, k, products),
+        Some(Format::Blocks(of)) => blocks::multiply(x, tokens, k, products, of),
         None => {}
     }
 }

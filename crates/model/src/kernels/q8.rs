@@ -51,21 +51,21 @@ pub(crate) fn quantize(values: &[f32]) -> (f16, [i8; BLOCK]) {
 }
 
 /// Activations as 8-bit blocks.
-struct Activations {
+pub(super) struct Activations {
     /// [tokens][blocks][32].
-    numbers: Vec<i8>,
+    pub numbers: Vec<i8>,
     /// [tokens][blocks].
-    scales: Vec<f32>,
+    pub scales: Vec<f32>,
     /// -128 times the sum of a block's numbers: what the weights' offset adds, taken away.
     corrections: Vec<i32>,
-    blocks: usize,
+    pub blocks: usize,
 }
 
 /// A token's numbers and what they are made of, its scales and its corrections.
 type Row<'a> = ((&'a mut [i8], &'a [f32]), (&'a mut [f32], &'a mut [i32]));
 
 impl Activations {
-    fn new(x: &[f32], tokens: usize, k: usize) -> Self {
+    pub fn new(x: &[f32], tokens: usize, k: usize) -> Self {
         let blocks = k.div_ceil(BLOCK);
         let mut of = Self { numbers: vec![0; tokens * blocks * BLOCK], scales: vec![0.0; tokens * blocks], corrections: vec![0; tokens * blocks], blocks };
         if blocks == 0 {
@@ -191,7 +191,7 @@ fn sum_block_body(lines: &[Line], scales: &[f16; GROUP], numbers: &[i8], scale: 
 }
 
 #[cfg(target_arch = "x86_64")]
-mod vnni {
+pub(super) mod vnni {
     use super::{Activations, BLOCK, GROUP, LINES, Product};
     use std::arch::x86_64::*;
     use std::ops::Range;
@@ -262,23 +262,26 @@ mod vnni {
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx {
-    use super::{Activations, BLOCK, GROUP, LINES, Product};
+pub(super) mod amx {
+    use super::{Activations, BLOCK, GROUP, LINES, Line, Product};
     use std::arch::asm;
     use std::arch::x86_64::*;
     use std::ops::Range;
 
     /// Tokens of a tile.
-    const TOKENS: usize = 16;
+    pub const TOKENS: usize = 16;
     /// Tokens from which tiles pay.
     pub const LEAST: usize = 32;
 
     /// Sums of four tiles: [2 x 16 tokens][2 x 16 rows].
     #[repr(C, align(64))]
-    struct Sums([[[i32; GROUP]; TOKENS]; 4]);
+    pub struct Sums(pub [[[i32; GROUP]; TOKENS]; 4]);
 
-    /// Sums of 16 x 16, activations of 16 tokens by 32 bytes, weights of 8 x 64 bytes.
-    const SHAPES: [(u8, u8); 8] = [(64, 16), (64, 16), (64, 16), (64, 16), (32, 16), (32, 16), (64, 8), (64, 8)];
+    /// Sums of 16 x 16, activations of 16 tokens by so many bytes, at most 64, weights of a fourth as many rows of 64 bytes.
+    pub fn shapes(inputs: usize) -> [(u8, u8); 8] {
+        let (x, w) = ((inputs as u8, 16), (64, (inputs / 4) as u8));
+        [(64, 16), (64, 16), (64, 16), (64, 16), x, x, w, w]
+    }
 
     /// Two groups and 32 tokens at a time; what is left over goes to the vector kernel.
     ///
@@ -289,7 +292,7 @@ mod amx {
         let Range { start: from, end: to } = groups;
         let (whole_groups, whole_tokens) = (from + (to - from) / 2 * 2, tokens / (2 * TOKENS) * (2 * TOKENS));
         {
-            let _shapes = super::super::amx::Shapes::configure(SHAPES);
+            let _shapes = super::super::amx::Shapes::configure(shapes(BLOCK));
             for token in (0..whole_tokens).step_by(2 * TOKENS) {
                 for group in (from..whole_groups).step_by(2) {
                     // SAFETY: configured; whole tiles
@@ -308,6 +311,43 @@ mod amx {
         }
     }
 
+    /// Sums of the products of 32 tokens, `stride` bytes apart, with two groups.
+    ///
+    /// # Safety
+    /// The tiles must be configured by [`shapes`]; the tokens and groups must have the inputs of those.
+    pub unsafe fn products(x: *const i8, stride: usize, low: *const Line, high: *const Line, sums: &mut Sums) {
+        // SAFETY: as this function's
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tileloadd tmm4, [{x0} + {xs} * 1]",
+                "tileloadd tmm6, [{w0} + {line} * 1]",
+                "tdpbsud tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{w1} + {line} * 1]",
+                "tdpbsud tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{x1} + {xs} * 1]",
+                "tdpbsud tmm2, tmm5, tmm6",
+                "tdpbsud tmm3, tmm5, tmm7",
+                "tilestored [{c} + {line} * 1], tmm0",
+                "tilestored [{c} + {line} * 1 + 1024], tmm1",
+                "tilestored [{c} + {line} * 1 + 2048], tmm2",
+                "tilestored [{c} + {line} * 1 + 3072], tmm3",
+                x0 = in(reg) x,
+                x1 = in(reg) x.add(TOKENS * stride),
+                xs = in(reg) stride,
+                w0 = in(reg) low,
+                w1 = in(reg) high,
+                line = in(reg) 64usize,
+                c = in(reg) &raw mut *sums,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
     /// 32 tokens by two groups.
     ///
     /// # Safety
@@ -320,36 +360,8 @@ mod amx {
         for block in 0..x.blocks {
             let [low, high] = [group, group + 1].map(|g| product.weights.step(g, block)[..LINES].as_ptr());
             let first = x.numbers[token * stride + block * BLOCK..][..(2 * TOKENS - 1) * stride + BLOCK].as_ptr();
-            // SAFETY: two times 16 rows of 32 bytes, two blocks of 512, and four tiles of sums
-            unsafe {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "tileloadd tmm4, [{x0} + {xs} * 1]",
-                    "tileloadd tmm6, [{w0} + {line} * 1]",
-                    "tdpbsud tmm0, tmm4, tmm6",
-                    "tileloadd tmm7, [{w1} + {line} * 1]",
-                    "tdpbsud tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{x1} + {xs} * 1]",
-                    "tdpbsud tmm2, tmm5, tmm6",
-                    "tdpbsud tmm3, tmm5, tmm7",
-                    "tilestored [{c} + {line} * 1], tmm0",
-                    "tilestored [{c} + {line} * 1 + 1024], tmm1",
-                    "tilestored [{c} + {line} * 1 + 2048], tmm2",
-                    "tilestored [{c} + {line} * 1 + 3072], tmm3",
-                    x0 = in(reg) first,
-                    x1 = in(reg) first.add(TOKENS * stride),
-                    xs = in(reg) stride,
-                    w0 = in(reg) low,
-                    w1 = in(reg) high,
-                    line = in(reg) 64usize,
-                    c = in(reg) &raw mut sums,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
-                );
-            }
+            // SAFETY: configured; two times 16 rows of 32 bytes, and two blocks of 512
+            unsafe { products(first, stride, low, high, &mut sums) };
             // SAFETY: sixteen scales each
             let scales = unsafe { [group, group + 1].map(|g| _mm512_cvtph_ps(_mm256_loadu_si256(product.weights.scales(g, block).as_ptr().cast()))) };
             for (tile, (sums, totals)) in sums.0.iter().zip(&mut totals).enumerate() {
@@ -388,7 +400,7 @@ mod tests {
             let x: Vec<f32> = (0..tokens * k).map(|i| number(i * 31 + 7)).collect();
             let block = |row: usize, block: usize| quantize(&w[row * k..(row + 1) * k][block * BLOCK..k.min((block + 1) * BLOCK)]);
             let (lines, scales) = lay_out(rows, k, block);
-            let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: k.div_ceil(BLOCK), rows };
+            let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, parts: &[], row_steps: k.div_ceil(BLOCK), rows };
             let activations = Activations::new(&x, tokens, k);
             let by = |kernel: Kernel| {
                 let mut y = unfilled(tokens * rows);
@@ -421,7 +433,7 @@ mod tests {
     #[test]
     fn activations_that_are_not_finite_come_out_as_nan() {
         let (lines, scales) = lay_out(16, 64, |_, _| quantize(&[0.5; BLOCK]));
-        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: 2, rows: 16 };
+        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, parts: &[], row_steps: 2, rows: 16 };
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = vec![1f32; 2 * 64];
             x[70] = bad;
@@ -440,7 +452,7 @@ mod tests {
         let (lines, scales) = lay_out(rows, k, of);
         let x: Vec<f32> = (0..tokens * narrow).map(number).collect();
         let padded: Vec<f32> = x.chunks(narrow).flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, k - narrow))).collect();
-        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, row_steps: 3, rows };
+        let weights = Weights { format: Format::Q8, lines: &lines, scales: &scales, parts: &[], row_steps: 3, rows };
         let by = |x: &[f32], k: usize| {
             let mut y = unfilled(tokens * rows);
             multiply(x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);

@@ -3,7 +3,7 @@
 use super::{MeasuredArgs, spread, token};
 use anyhow::{Result, bail};
 use clap::Args;
-use evop_model::{Config, Decoder, Linear, NoCache, Span, Tensor};
+use evop_model::{Config, Decoder, Held, Linear, NoCache, Span, Tensor};
 use serde::Serialize;
 use std::hint::black_box;
 use std::time::Instant;
@@ -64,7 +64,8 @@ pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
     let ids: Vec<u32> = tokens.iter().cycle().skip(1).take(tokens.len()).copied().collect();
     let embedded = decoder.embed(&tokens, &batch)?;
     let x = Tensor::randn(0f32, 1.0, (ROWS, SIDE), decoder.device())?.to_dtype(decoder.dtype())?;
-    let layer = Linear::new(Tensor::randn(0f32, 1.0, (SIDE, SIDE), decoder.device())?, None)?.held_in(decoder.weight_type())?;
+    let held = (0..decoder.last_boundary()).find_map(|s| decoder.sub_block(s)).map_or(Held::Plain(decoder.dtype()), |block| block.output().held());
+    let layer = Linear::new(Tensor::randn(0f32, 1.0, (SIDE, SIDE), decoder.device())?, None)?.held_in(held)?;
     let product = || -> Result<()> {
         black_box(layer.forward(&x)?);
         Ok(())

@@ -1,5 +1,6 @@
 //! Shapes of known models, to be filled with random weights.
 
+use crate::commands::model_args::warn;
 use anyhow::Result;
 use clap::ValueEnum;
 use evop_model::{Config, Decoder, Device, RandomSource, WeightType};
@@ -23,7 +24,9 @@ impl Shape {
     /// A model of random weights.
     pub fn decoder(self, device: &Device, weights: WeightType) -> Result<Decoder> {
         let config = self.config()?;
-        Ok(Decoder::load(&config, &RandomSource::new(&config), device, weights)?)
+        let source = RandomSource::new(&config);
+        warn(weights, &config, &source)?;
+        Ok(Decoder::load(&config, &source, device, weights)?)
     }
 
     fn config(self) -> Result<Config> {
