@@ -4,7 +4,7 @@ use crate::admin;
 use crate::app::App;
 use crate::auth::{Keys, require_key};
 use crate::openai::errors::ApiError;
-use crate::openai::{chat, completions, models, tokenize};
+use crate::openai::{chat, completions, messages, models, responses, tokenize};
 use crate::operations;
 use crate::rate_limit::limit_rate;
 use crate::request_id::observe;
@@ -23,6 +23,9 @@ pub fn public(app: &Arc<App>) -> Router {
     let api = Router::new()
         .route("/v1/completions", post(completions::create))
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/messages", post(messages::create))
+        .route("/v1/messages/count_tokens", post(messages::count_tokens))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
         .route("/tokenize", post(tokenize::tokenize))
@@ -61,6 +64,7 @@ fn finished(app: &Arc<App>, router: Router<Arc<App>>) -> Router {
             // outermost first
             ServiceBuilder::new()
                 .layer(from_fn_with_state(Arc::clone(app), observe))
+                .layer(from_fn(messages::edge::speak_anthropic))
                 .layer(CatchPanicLayer::custom(panicked))
                 .layer(DefaultBodyLimit::max(app.config.max_body_size.0)),
         )

@@ -122,6 +122,23 @@ impl ApiError {
         self
     }
 
+    /// With the names that another API has for the fields: the first pair `(ours, theirs)` whose first part stands in `param` counts.
+    pub fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        if let Some(param) = &self.param
+            && let Some((ours, theirs)) = names.iter().find(|(ours, _)| param.contains(ours))
+        {
+            let renamed = param.replace(ours, theirs);
+            self.message = self.message.replace(param, &renamed);
+            self.param = Some(renamed);
+        }
+        self
+    }
+
+    /// What went wrong, in words.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The status it is sent with.
     pub fn status(&self) -> StatusCode {
         self.status
@@ -145,6 +162,8 @@ impl IntoResponse for ApiError {
             tracing::warn!(status = self.status.as_u16(), message = %self.message, "request failed");
         }
         let mut response = (self.status, Json(self.to_json())).into_response();
+        // for those who say it in other words
+        response.extensions_mut().insert(self.clone());
         if let Some(after) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs().max(1)));
         }

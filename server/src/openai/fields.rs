@@ -25,6 +25,11 @@ impl<'a> Fields<'a> {
         Self { object, prefix: String::new(), asked: RefCell::default() }
     }
 
+    /// An object inside the body, found at `path`.
+    pub fn at(object: &'a Map<String, Value>, path: &str) -> Self {
+        Self { object, prefix: format!("{path}."), asked: RefCell::default() }
+    }
+
     /// The field's name as errors spell it.
     pub fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)

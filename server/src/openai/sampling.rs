@@ -7,7 +7,7 @@ use evop_serving::{MAX_CHOICES, SamplingParams};
 use serde_json::Value;
 
 /// Most stop strings of one request (OpenAI takes 4).
-const MAX_STOPS: usize = 4;
+pub const MAX_STOPS: usize = 4;
 
 /// Fields that change what is generated and that this version can't honour: better refused than ignored.
 const UNSUPPORTED: [(&str, &str); 10] = [

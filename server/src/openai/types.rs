@@ -33,6 +33,11 @@ impl Usage {
     }
 }
 
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs())
+}
+
 /// What all objects of one answer begin with.
 #[derive(Debug, Clone, Serialize)]
 pub struct Head {
@@ -51,8 +56,7 @@ pub struct Head {
 impl Head {
     /// A new answer of this model.
     pub fn new(prefix: &str, object: &'static str, model: String, served: &Served) -> Self {
-        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
-        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created, model, system_fingerprint: served.fingerprint() }
+        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created: now(), model, system_fingerprint: served.fingerprint() }
     }
 }
 

@@ -1,0 +1,31 @@
+//! `POST /v1/responses`: OpenAI's Responses API without its state. A request becomes a chat, and the chat's answer a list of items.
+
+mod assembly;
+mod request;
+mod types;
+
+use crate::app::App;
+use crate::openai::JsonBody;
+use crate::openai::chat;
+use crate::openai::errors::ApiError;
+use crate::openai::fields::Fields;
+use crate::openai::sse;
+use crate::openai::turn::Turn;
+use crate::request_id::RequestId;
+use assembly::ResponseAssembly;
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+
+/// Answers with a list of items.
+pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    let (body, echo) = request::convert(&Fields::new(&body))?;
+    let mut chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
+    let turn = Turn::new(&chat, ResponseAssembly::new(&chat, echo));
+    if chat.request.answer.stream.is_some() {
+        return Ok(sse::respond(chat.generation, turn));
+    }
+    let assembly = turn.whole(&mut chat.generation).await?;
+    Ok(Json(assembly.into_response()).into_response())
+}
