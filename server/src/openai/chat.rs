@@ -6,11 +6,12 @@ use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, en
 use crate::openai::chat_output::{ASSISTANT, ChatOutput, ChatOutputOptions, message};
 use crate::openai::chat_request::{ChatRequest, Conversation};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
-use crate::openai::errors::ApiError;
+use crate::openai::errors::{ApiError, Problems};
 use crate::openai::fields::Fields;
 use crate::openai::generation::{Event, Generation, Token};
 use crate::openai::logprobs::{chat_form, prompt_form};
 use crate::openai::sampling::AnswerOptions;
+use crate::openai::schema;
 use crate::openai::sse::{self, Chunk, ChunkWriter};
 use crate::openai::structured::Constraint;
 use crate::openai::tools::CallFormat;
@@ -25,6 +26,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Answers a conversation.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions",
+    operation_id = "chat",
+    tag = "Text",
+    request_body = schema::ChatCompletionRequest,
+    responses((status = 200, description = "The answer; with `stream`, pieces of it.", content((Answer<'static, ChatChoice> = "application/json"), (Answer<'static, ChatChunkChoice> = "text/event-stream"))), Problems)
+)]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let Chat { mut generation, request, output, model } = start(&app, &request_id, &body).await?;
     if request.answer.stream.is_some() {

@@ -5,11 +5,12 @@ use crate::openai::JsonBody;
 use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
 use crate::openai::completion_request::{CompletionRequest, Prompt};
-use crate::openai::errors::ApiError;
+use crate::openai::errors::{ApiError, Problems};
 use crate::openai::fields::Fields;
 use crate::openai::generation::{Event, Generation, Token};
 use crate::openai::logprobs::{CompletionForm, prompt_form};
 use crate::openai::sampling::AnswerOptions;
+use crate::openai::schema;
 use crate::openai::sse::{self, Chunk, ChunkWriter};
 use crate::openai::types::{Answer, CompletionChoice, End, Head, Usage};
 use crate::request_id::RequestId;
@@ -25,6 +26,14 @@ use std::time::Instant;
 const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// Continues prompts.
+#[utoipa::path(
+    post,
+    path = "/v1/completions",
+    operation_id = "completions",
+    tag = "Text",
+    request_body = schema::CompletionRequest,
+    responses((status = 200, description = "The continuations; with `stream`, pieces of them.", content((Answer<'static, CompletionChoice> = "application/json"), (Answer<'static, CompletionChoice> = "text/event-stream"))), Problems)
+)]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let (Target { served, name: model, member }, mut request) = parse(&app, &body)?;

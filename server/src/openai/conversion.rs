@@ -5,7 +5,7 @@ use crate::openai::fields::{Fields, wrong_type};
 use serde_json::{Map, Value, json};
 
 /// Chat fields of which other APIs' requests may have any, by the same names: they sample alike.
-const SAMPLING: [&str; 12] = [
+const SAMPLING: [&str; 14] = [
     "temperature",
     "top_p",
     "top_k",
@@ -17,6 +17,8 @@ const SAMPLING: [&str; 12] = [
     "ignore_eos",
     "min_tokens",
     "stop_token_ids",
+    "logit_bias",
+    "allowed_token_ids",
     "structured_outputs",
 ];
 

@@ -112,6 +112,12 @@ impl<'a> Fields<'a> {
         self.object.iter().filter(|(name, value)| !value.is_null() && !asked.contains(name.as_str())).map(|(name, _)| name.as_str()).collect()
     }
 
+    /// Names of the fields that somebody asked for.
+    #[cfg(test)]
+    pub fn asked(&self) -> Vec<&'static str> {
+        self.asked.borrow().iter().copied().collect()
+    }
+
     /// Says once which fields are ignored. To be called when all others were asked for.
     pub fn log_unknown(&self) {
         let unknown = self.unknown();

@@ -27,6 +27,7 @@ pub mod models;
 mod reasoning;
 pub mod responses;
 mod sampling;
+pub mod schema;
 mod sse;
 mod structured;
 pub mod tokenize;

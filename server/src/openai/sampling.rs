@@ -10,7 +10,7 @@ use serde_json::Value;
 pub const MAX_STOPS: usize = 4;
 
 /// Fields that change what is generated and that this version can't honour: better refused than ignored.
-const UNSUPPORTED: [(&str, &str); 10] = [
+pub const UNSUPPORTED: [(&str, &str); 10] = [
     ("suffix", "text after the completion (fill in the middle) is not supported"),
     ("use_beam_search", "beam search is not supported; use n or best_of"),
     ("prompt_embeds", "prompts as embeddings are not supported"),

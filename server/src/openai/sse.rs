@@ -55,7 +55,7 @@ pub trait ChunkWriter: Send + 'static {
 
     /// An error inside a stream is the stream's last event: nothing says that the answer is done.
     fn fail(&mut self, error: &ApiError) -> Vec<Chunk> {
-        vec![Chunk::data(&error.to_json())]
+        vec![Chunk::data(&error.body())]
     }
 
     /// What is sent while there is nothing to say.

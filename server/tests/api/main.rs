@@ -17,6 +17,7 @@ mod lifecycle;
 mod load;
 mod messages;
 mod models;
+mod openapi;
 mod operations;
 mod prune;
 mod rate_limit;

@@ -12,6 +12,7 @@ use crate::openai::chat;
 use crate::openai::chat_request::Conversation;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
+use crate::openai::schema;
 use crate::openai::sse;
 use crate::openai::turn::Turn;
 use crate::request_id::RequestId;
@@ -20,11 +21,22 @@ use assembly::MessageAssembly;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+#[cfg(test)]
+pub use request::{convert, convert_prompt};
 use serde_json::{Map, Value};
 use std::sync::Arc;
-use types::TokenCount;
+pub use types::MessageError;
+use types::{MessageProblems, TokenCount};
 
 /// Answers with a list of blocks.
+#[utoipa::path(
+    post,
+    path = "/v1/messages",
+    operation_id = "messages",
+    tag = "Text",
+    request_body = schema::MessagesRequest,
+    responses((status = 200, description = "The message; with `stream`, what happens to it.", content((types::Message = "application/json"), (types::MessageEvent = "text/event-stream"))), MessageProblems)
+)]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let body = request::convert(&Fields::new(&body))?;
     let mut chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
@@ -37,6 +49,14 @@ pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody
 }
 
 /// Says how many tokens a request's prompt has.
+#[utoipa::path(
+    post,
+    path = "/v1/messages/count_tokens",
+    operation_id = "count_tokens",
+    tag = "Tokens",
+    request_body = schema::CountTokensRequest,
+    responses((status = 200, description = "How long the prompt is.", body = TokenCount), MessageProblems)
+)]
 pub async fn count_tokens(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<TokenCount>, ApiError> {
     let (served, conversation) = parse(&app, &body).map_err(|error| error.renamed(&request::NAMES))?;
     let tokens = chat::tokenize(&served, &conversation).await.map_err(|error| error.renamed(&request::NAMES))?;

@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 use serde_json::{Map, Value};
+use utoipa::{IntoResponses, ToSchema};
 
 /// A message, whole or as far as it has come.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Message {
     /// Unique.
     pub id: String,
@@ -26,8 +27,9 @@ pub struct Message {
 }
 
 /// How a message ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = MessageStopReason)]
 pub enum StopReason {
     /// The model had no more to say.
     EndTurn,
@@ -40,7 +42,7 @@ pub enum StopReason {
 }
 
 /// Token counts.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub struct MessageUsage {
     /// Of the prompt, without those that were in a cache.
     pub input_tokens: usize,
@@ -53,8 +55,9 @@ pub struct MessageUsage {
 }
 
 /// One block of a message.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[schema(as = MessageBlock)]
 pub enum Block {
     /// What the model thought.
     Thinking {
@@ -75,12 +78,13 @@ pub enum Block {
         /// Which tool.
         name: String,
         /// What it is called with; empty if that was cut short.
+        #[schema(value_type = Object)]
         input: Map<String, Value>,
     },
 }
 
 /// What happens to a message that is streamed.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum MessageEvent {
     /// It begins.
@@ -142,8 +146,9 @@ impl MessageEvent {
 }
 
 /// What is new of a block.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[schema(as = MessageBlockDelta)]
 pub enum BlockDelta {
     /// Of reasoning.
     ThinkingDelta {
@@ -163,7 +168,7 @@ pub enum BlockDelta {
 }
 
 /// How a message ended.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct MessageEnd {
     /// Why.
     pub stop_reason: Option<StopReason>,
@@ -172,7 +177,7 @@ pub struct MessageEnd {
 }
 
 /// Anthropic's error object.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct MessageError {
     /// `error`.
     #[serde(rename = "type")]
@@ -182,7 +187,8 @@ pub struct MessageError {
 }
 
 /// What went wrong.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = MessageErrorDetail)]
 pub struct ErrorDetail {
     /// Kind of error.
     #[serde(rename = "type")]
@@ -192,8 +198,41 @@ pub struct ErrorDetail {
 }
 
 /// How long a prompt is.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct TokenCount {
     /// Tokens.
     pub input_tokens: usize,
+}
+
+/// What else a request may be answered with, for the OpenAPI document.
+#[derive(Debug, IntoResponses)]
+#[allow(dead_code, reason = "described, never made")]
+pub enum MessageProblems {
+    /// A field has a value that can't be used; the message says which.
+    #[response(status = 400)]
+    Invalid(MessageError),
+    /// A key is needed, or this one is not known.
+    #[response(status = 401)]
+    Unauthorized(MessageError),
+    /// There is no such model.
+    #[response(status = 404)]
+    NotFound(MessageError),
+    /// The request's body did not arrive in time.
+    #[response(status = 408)]
+    SlowBody(MessageError),
+    /// The request's body is too large.
+    #[response(status = 413)]
+    TooLarge(MessageError),
+    /// Too many requests; `Retry-After` says when to come back.
+    #[response(status = 429)]
+    TooMany(MessageError),
+    /// Something went wrong in the server.
+    #[response(status = 500)]
+    Internal(MessageError),
+    /// The model is still loading, or the server is shutting down.
+    #[response(status = 503)]
+    Unavailable(MessageError),
+    /// It took longer than `--request-timeout`.
+    #[response(status = 504)]
+    Timeout(MessageError),
 }

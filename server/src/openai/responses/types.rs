@@ -2,9 +2,10 @@
 
 use serde::Serialize;
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 /// A response, whole or as far as it has come.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Response {
     /// Unique.
     pub id: String,
@@ -36,8 +37,9 @@ pub struct Response {
 }
 
 /// How far something has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = ResponseStatus)]
 pub enum Status {
     /// There is more to come.
     InProgress,
@@ -50,7 +52,7 @@ pub enum Status {
 }
 
 /// Why a response failed.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct ResponseError {
     /// Kind of error.
     pub code: &'static str,
@@ -59,14 +61,15 @@ pub struct ResponseError {
 }
 
 /// Why a response is incomplete.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct IncompleteDetails {
     /// `max_output_tokens`.
     pub reason: &'static str,
 }
 
 /// Fields of the request that the response repeats, and those that are the same for everyone: this server keeps nothing.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = ResponseEcho)]
 pub struct Echo {
     /// `false`.
     pub background: bool,
@@ -75,6 +78,7 @@ pub struct Echo {
     /// As asked for.
     pub max_output_tokens: Option<usize>,
     /// As sent.
+    #[schema(value_type = Object)]
     pub metadata: Map<String, Value>,
     /// As asked for.
     pub parallel_tool_calls: bool,
@@ -95,7 +99,7 @@ pub struct Echo {
 }
 
 /// What was asked for of the reasoning.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct ReasoningEcho {
     /// As asked for.
     pub effort: Option<String>,
@@ -104,7 +108,7 @@ pub struct ReasoningEcho {
 }
 
 /// Token counts.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct ResponseUsage {
     /// Of the prompt.
     pub input_tokens: usize,
@@ -119,7 +123,7 @@ pub struct ResponseUsage {
 }
 
 /// Of `input_tokens`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct InputTokensDetails {
     /// Not computed again.
     pub cached_tokens: usize,
@@ -128,14 +132,14 @@ pub struct InputTokensDetails {
 }
 
 /// Of `output_tokens`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct OutputTokensDetails {
     /// Between `<think>` and `</think>`.
     pub reasoning_tokens: usize,
 }
 
 /// One item of the output.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum OutputItem {
     /// What the model thought.
@@ -176,8 +180,9 @@ pub enum OutputItem {
 }
 
 /// A part of an item.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
+#[schema(as = ResponsePart)]
 pub enum Part {
     /// Of a message.
     OutputText {
@@ -196,7 +201,8 @@ pub enum Part {
 }
 
 /// An event and its number.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = NumberedResponseEvent)]
 pub struct Numbered {
     /// What happened.
     #[serde(flatten)]
@@ -206,7 +212,8 @@ pub struct Numbered {
 }
 
 /// Where in the output something happened.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[schema(as = ResponsePlace)]
 pub struct Place {
     /// The item.
     pub item_id: String,
@@ -215,7 +222,7 @@ pub struct Place {
 }
 
 /// What happens to a response that is streamed.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(tag = "type")]
 pub enum ResponseEvent {
     /// It was taken in.
