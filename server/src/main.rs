@@ -8,6 +8,7 @@ mod auth;
 mod commands;
 mod config;
 mod data_dir;
+mod docs;
 mod forms;
 mod hub;
 mod listener;

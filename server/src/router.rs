@@ -3,8 +3,9 @@
 use crate::admin;
 use crate::app::App;
 use crate::auth::{Keys, require_key};
+use crate::docs;
 use crate::openai::errors::ApiError;
-use crate::openai::{chat, completions, models, tokenize};
+use crate::openai::{chat, completions, messages, models, responses, tokenize};
 use crate::operations;
 use crate::rate_limit::limit_rate;
 use crate::request_id::observe;
@@ -12,24 +13,35 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use std::any::Any;
 use std::sync::Arc;
 use tower::ServiceBuilder;
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 /// The public API.
 pub fn public(app: &Arc<App>) -> Router {
-    let api = Router::new()
-        .route("/v1/completions", post(completions::create))
-        .route("/v1/chat/completions", post(chat::create))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::get))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
-        .route_layer(from_fn_with_state(Arc::clone(app), limit_rate))
-        .route_layer(from_fn_with_state(Arc::clone(&app.api_keys), require_key));
-    finished(app, api.merge(probes()))
+    let (api, document) = described().split_for_parts();
+    let api = api.route_layer(from_fn_with_state(Arc::clone(app), limit_rate)).route_layer(from_fn_with_state(Arc::clone(&app.api_keys), require_key));
+    let (probes, document_of_probes) = probes().split_for_parts();
+    let docs = docs::routes(document.merge_from(document_of_probes));
+    finished(app, api.merge(probes).merge(docs))
+}
+
+/// What needs a key, if keys are set.
+fn described() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(docs::preface())
+        .routes(routes!(completions::create))
+        .routes(routes!(chat::create))
+        .routes(routes!(responses::create))
+        .routes(routes!(messages::create))
+        .routes(routes!(messages::count_tokens))
+        .routes(routes!(models::list))
+        .routes(routes!(models::get))
+        .routes(routes!(tokenize::tokenize))
+        .routes(routes!(tokenize::detokenize))
 }
 
 /// The admin API, on its own listener with its own key.
@@ -39,17 +51,17 @@ pub fn admin(app: &Arc<App>, keys: Keys) -> Router {
     if open {
         api = api.route_layer(from_fn(admin::refuse_browsers));
     }
-    finished(app, api.merge(probes()))
+    finished(app, api.merge(probes().split_for_parts().0))
 }
 
-fn probes() -> Router<Arc<App>> {
-    Router::new()
-        .route("/health", get(operations::ready))
-        .route("/ready", get(operations::ready))
+fn probes() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::new()
+        .routes(routes!(operations::health))
+        .routes(routes!(operations::ready))
+        .routes(routes!(operations::live))
+        .routes(routes!(operations::version))
+        .routes(routes!(operations::metrics))
         .route("/ping", get(operations::ready))
-        .route("/live", get(operations::live))
-        .route("/version", get(operations::version))
-        .route("/metrics", get(operations::metrics))
 }
 
 /// What is around every route.
@@ -61,6 +73,7 @@ fn finished(app: &Arc<App>, router: Router<Arc<App>>) -> Router {
             // outermost first
             ServiceBuilder::new()
                 .layer(from_fn_with_state(Arc::clone(app), observe))
+                .layer(from_fn(messages::edge::speak_anthropic))
                 .layer(CatchPanicLayer::custom(panicked))
                 .layer(DefaultBodyLimit::max(app.config.max_body_size.0)),
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a checkpoint on a free port with a key, and runs the scripts of openai's, litellm's and langchain's clients against it; then compares evop eval with lm-evaluation-harness, and smaller vocabularies with their parents.
+# Serves a checkpoint on a free port with a key, and runs the scripts of openai's, anthropic's, litellm's and langchain's clients against it; then compares evop eval with lm-evaluation-harness, and smaller vocabularies with their parents.
 # usage: run.sh PYTHON EVOP MODEL_DIR
 set -euo pipefail
 python=$1 evop=$2 model=$3
@@ -15,6 +15,7 @@ for _ in $(seq 200); do
   sleep 0.1
 done
 "$python" "$here/openai_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
+"$python" "$here/other_apis.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
 "$python" "$here/structured_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
 "$python" "$here/frameworks_client.py" --base-url "http://127.0.0.1:$port/v1" --api-key test-key --model pruned
 "$python" "$here/lm_eval_tasks.py" "$evop" "$here/../../models/tiny"

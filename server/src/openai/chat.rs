@@ -6,12 +6,13 @@ use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, en
 use crate::openai::chat_output::{ASSISTANT, ChatOutput, ChatOutputOptions, message};
 use crate::openai::chat_request::{ChatRequest, Conversation};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
-use crate::openai::errors::ApiError;
+use crate::openai::errors::{ApiError, Problems};
 use crate::openai::fields::Fields;
 use crate::openai::generation::{Event, Generation, Token};
 use crate::openai::logprobs::{chat_form, prompt_form};
 use crate::openai::sampling::AnswerOptions;
-use crate::openai::sse::{self, ChunkWriter};
+use crate::openai::schema;
+use crate::openai::sse::{self, Chunk, ChunkWriter};
 use crate::openai::structured::Constraint;
 use crate::openai::tools::CallFormat;
 use crate::openai::types::{Answer, ChatChoice, ChatChunkChoice, Delta, End, Head, Usage};
@@ -25,16 +26,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Answers a conversation.
+#[utoipa::path(
+    post,
+    path = "/v1/chat/completions",
+    operation_id = "chat",
+    tag = "Text",
+    request_body = schema::ChatCompletionRequest,
+    responses((status = 200, description = "The answer; with `stream`, pieces of it.", content((Answer<'static, ChatChoice> = "application/json"), (Answer<'static, ChatChunkChoice> = "text/event-stream"))), Problems)
+)]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
-    let arrived = Instant::now();
-    let (Target { served, name: model, member }, mut request) = parse(&app, &body)?;
-    let text = render(&served, &request.conversation)?;
-    let output = prepare(&served, &mut request, &text).await?;
-    let mut prompt = TokenizedPrompt { tokens: encode(&served, text, request.conversation.add_special_tokens, "messages").await?, echo: None };
-    prompt.truncate(request.truncate);
-    let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
-    let admission = Admission { app: &app, served, member, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
-    let mut generation = admission.submit(vec![prompt])?;
+    let Chat { mut generation, request, output, model } = start(&app, &request_id, &body).await?;
     if request.answer.stream.is_some() {
         let head = Head::new("chatcmpl", "chat.completion.chunk", model, generation.served());
         let outputs = (0..request.answer.n).map(|_| ChatOutput::new(&output)).collect();
@@ -44,6 +45,36 @@ pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody
     let head = Head::new("chatcmpl", "chat.completion", model, generation.served());
     let (prompts, usage) = collect(&mut generation, 1, &request.answer).await?;
     Ok(whole(&generation, &head, &request, &output, prompts, usage))
+}
+
+/// A conversation that is being answered.
+#[derive(Debug)]
+pub struct Chat {
+    /// What comes of it.
+    pub generation: Generation,
+    /// What was asked for.
+    pub request: ChatRequest,
+    /// How the text is to be read.
+    pub output: ChatOutputOptions,
+    /// The name to answer with.
+    pub model: String,
+}
+
+/// From a body to a conversation that is being answered: the way of every API that has conversations.
+///
+/// # Errors
+/// 400 that names the field, or why the request can't run now.
+pub async fn start(app: &Arc<App>, request_id: &RequestId, body: &serde_json::Map<String, serde_json::Value>) -> Result<Chat, ApiError> {
+    let arrived = Instant::now();
+    let (Target { served, name: model, member }, mut request) = parse(app, body)?;
+    let text = render(&served, &request.conversation)?;
+    let output = prepare(&served, &mut request, &text).await?;
+    let mut prompt = TokenizedPrompt { tokens: encode(&served, text, request.conversation.add_special_tokens, "messages").await?, echo: None };
+    prompt.truncate(request.truncate);
+    let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
+    let admission = Admission { app, served, member, request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let generation = admission.submit(vec![prompt])?;
+    Ok(Chat { generation, request, output, model })
 }
 
 /// Apart from the handler, because [`Fields`] must not live across an await.
@@ -127,14 +158,14 @@ impl Writer {
         Usage::new(generation.prompt_tokens(), self.tokens, generation.cached_tokens())
     }
 
-    fn answer(&self, generation: &Generation, choices: Vec<ChatChunkChoice>, prompt_token_ids: Option<Vec<u32>>) -> String {
+    fn answer(&self, generation: &Generation, choices: Vec<ChatChunkChoice>, prompt_token_ids: Option<Vec<u32>>) -> Chunk {
         let options = self.answer.stream.unwrap_or_default();
         let usage = options.include_usage.then(|| options.continuous_usage.then(|| self.usage(generation)));
-        sse::json(&Answer { head: &self.head, choices, usage, prompt_logprobs: None, prompt_token_ids })
+        Chunk::data(&Answer { head: &self.head, choices, usage, prompt_logprobs: None, prompt_token_ids })
     }
 
     /// One chunk a delta; the tokens come with the first, which may be empty.
-    fn chunks(&self, generation: &Generation, choice: usize, mut deltas: Vec<Delta>, tokens: &[Token]) -> Vec<String> {
+    fn chunks(&self, generation: &Generation, choice: usize, mut deltas: Vec<Delta>, tokens: &[Token]) -> Vec<Chunk> {
         if deltas.is_empty() && !tokens.is_empty() && (self.logprobs || self.answer.return_token_ids) {
             deltas.push(Delta { content: Some(String::new()), ..Delta::default() });
         }
@@ -142,7 +173,7 @@ impl Writer {
         deltas.into_iter().enumerate().map(chunk).collect()
     }
 
-    fn chunk(&self, generation: &Generation, index: usize, delta: Delta, tokens: &[Token], end: End) -> String {
+    fn chunk(&self, generation: &Generation, index: usize, delta: Delta, tokens: &[Token], end: End) -> Chunk {
         let choice = ChatChunkChoice {
             index,
             delta,
@@ -156,7 +187,7 @@ impl Writer {
 
 impl ChunkWriter for Writer {
     /// The role of every choice.
-    fn begin(&mut self, generation: &Generation) -> Vec<String> {
+    fn begin(&mut self, generation: &Generation) -> Vec<Chunk> {
         let role = |index| {
             let delta = Delta { role: Some(ASSISTANT), content: Some(String::new()), ..Delta::default() };
             let token_ids = self.answer.return_token_ids.then(Vec::new);
@@ -167,7 +198,7 @@ impl ChunkWriter for Writer {
         (0..self.answer.n).map(role).collect()
     }
 
-    fn write(&mut self, generation: &Generation, event: Event) -> Vec<String> {
+    fn write(&mut self, generation: &Generation, event: Event) -> Vec<Chunk> {
         match event {
             Event::Text { choice, text, tokens } => {
                 self.tokens += tokens.len();
@@ -185,9 +216,10 @@ impl ChunkWriter for Writer {
         }
     }
 
-    fn end(&mut self, generation: &Generation) -> Option<String> {
+    fn end(&mut self, generation: &Generation) -> Vec<Chunk> {
         let usage = Some(Some(self.usage(generation)));
         let answer: Answer<'_, ChatChunkChoice> = Answer { head: &self.head, choices: Vec::new(), usage, prompt_logprobs: None, prompt_token_ids: None };
-        self.answer.stream.unwrap_or_default().include_usage.then(|| sse::json(&answer))
+        let usage = self.answer.stream.unwrap_or_default().include_usage.then(|| Chunk::data(&answer));
+        usage.into_iter().chain([Chunk::done()]).collect()
     }
 }

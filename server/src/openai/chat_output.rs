@@ -48,6 +48,11 @@ impl ChatOutput {
         self.deltas(split, false)
     }
 
+    /// What comes next is still reasoning.
+    pub fn is_reasoning(&self) -> bool {
+        self.splitter.is_inside()
+    }
+
     /// What the end of the text adds.
     pub fn finish(&mut self) -> Vec<Delta> {
         let split = self.splitter.finish();

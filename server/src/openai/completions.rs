@@ -5,12 +5,13 @@ use crate::openai::JsonBody;
 use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
 use crate::openai::completion_request::{CompletionRequest, Prompt};
-use crate::openai::errors::ApiError;
+use crate::openai::errors::{ApiError, Problems};
 use crate::openai::fields::Fields;
 use crate::openai::generation::{Event, Generation, Token};
 use crate::openai::logprobs::{CompletionForm, prompt_form};
 use crate::openai::sampling::AnswerOptions;
-use crate::openai::sse::{self, ChunkWriter};
+use crate::openai::schema;
+use crate::openai::sse::{self, Chunk, ChunkWriter};
 use crate::openai::types::{Answer, CompletionChoice, End, Head, Usage};
 use crate::request_id::RequestId;
 use crate::served::Served;
@@ -25,6 +26,14 @@ use std::time::Instant;
 const DEFAULT_MAX_TOKENS: usize = 16;
 
 /// Continues prompts.
+#[utoipa::path(
+    post,
+    path = "/v1/completions",
+    operation_id = "completions",
+    tag = "Text",
+    request_body = schema::CompletionRequest,
+    responses((status = 200, description = "The continuations; with `stream`, pieces of them.", content((Answer<'static, CompletionChoice> = "application/json"), (Answer<'static, CompletionChoice> = "text/event-stream"))), Problems)
+)]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let (Target { served, name: model, member }, mut request) = parse(&app, &body)?;
@@ -127,7 +136,7 @@ impl Writer {
         Usage::new(generation.prompt_tokens(), self.tokens.iter().sum(), generation.cached_tokens())
     }
 
-    fn chunk(&mut self, generation: &Generation, choice: usize, text: String, tokens: &[Token], end: End, ids: Vec<u32>) -> String {
+    fn chunk(&mut self, generation: &Generation, choice: usize, text: String, tokens: &[Token], end: End, ids: Vec<u32>) -> Chunk {
         let first = !std::mem::replace(&mut self.introduced[choice], true);
         let choice = CompletionChoice {
             index: choice,
@@ -140,16 +149,16 @@ impl Writer {
         };
         let options = self.answer.stream.unwrap_or_default();
         let usage = options.include_usage.then(|| options.continuous_usage.then(|| self.usage(generation)));
-        sse::json(&Answer { head: &self.head, choices: vec![choice], usage, prompt_logprobs: None, prompt_token_ids: None })
+        Chunk::data(&Answer { head: &self.head, choices: vec![choice], usage, prompt_logprobs: None, prompt_token_ids: None })
     }
 }
 
 impl ChunkWriter for Writer {
-    fn begin(&mut self, _: &Generation) -> Vec<String> {
+    fn begin(&mut self, _: &Generation) -> Vec<Chunk> {
         Vec::new()
     }
 
-    fn write(&mut self, generation: &Generation, event: Event) -> Vec<String> {
+    fn write(&mut self, generation: &Generation, event: Event) -> Vec<Chunk> {
         let chunk = match event {
             Event::Echo { choice, text, tokens } => Some(self.chunk(generation, choice, text, &tokens, End::default(), Vec::new())),
             Event::Text { choice, text, tokens } => {
@@ -164,9 +173,10 @@ impl ChunkWriter for Writer {
         chunk.into_iter().collect()
     }
 
-    fn end(&mut self, generation: &Generation) -> Option<String> {
+    fn end(&mut self, generation: &Generation) -> Vec<Chunk> {
         let usage = Some(Some(self.usage(generation)));
         let answer: Answer<'_, CompletionChoice> = Answer { head: &self.head, choices: Vec::new(), usage, prompt_logprobs: None, prompt_token_ids: None };
-        self.answer.stream.unwrap_or_default().include_usage.then(|| sse::json(&answer))
+        let usage = self.answer.stream.unwrap_or_default().include_usage.then(|| Chunk::data(&answer));
+        usage.into_iter().chain([Chunk::done()]).collect()
     }
 }

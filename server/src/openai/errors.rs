@@ -4,8 +4,10 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use evop_serving::InvalidParam;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use std::time::Duration;
+use utoipa::{IntoResponses, ToSchema};
 
 /// `{"error": {"message", "type", "param", "code"}}` with its status.
 #[derive(Debug, Clone)]
@@ -15,6 +17,69 @@ pub struct ApiError {
     param: Option<String>,
     code: Option<&'static str>,
     retry_after: Option<Duration>,
+}
+
+/// What an error's answer has in it.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct ErrorBody {
+    /// What went wrong.
+    pub error: ErrorObject,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct ErrorObject {
+    /// In words: which field, what was expected, what to do.
+    pub message: String,
+    /// `invalid_request_error`, `rate_limit_error` or `server_error`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The field.
+    pub param: Option<String>,
+    /// Kind of error, for programs.
+    pub code: Option<&'static str>,
+}
+
+/// What else a request may be answered with, for the OpenAPI document.
+#[derive(Debug, IntoResponses)]
+#[allow(dead_code, reason = "described, never made")]
+pub enum Problems {
+    /// A field has a value that can't be used; `param` says which.
+    #[response(status = 400)]
+    Invalid(ErrorBody),
+    /// A key is needed, or this one is not known.
+    #[response(status = 401)]
+    Unauthorized(ErrorBody),
+    /// There is no such model.
+    #[response(status = 404)]
+    NotFound(ErrorBody),
+    /// The request's body did not arrive in time.
+    #[response(status = 408)]
+    SlowBody(ErrorBody),
+    /// The request's body is too large.
+    #[response(status = 413)]
+    TooLarge(ErrorBody),
+    /// Too many requests; `Retry-After` says when to come back.
+    #[response(status = 429)]
+    TooMany(ErrorBody),
+    /// Something went wrong in the server.
+    #[response(status = 500)]
+    Internal(ErrorBody),
+    /// The model is still loading, or the server is shutting down.
+    #[response(status = 503)]
+    Unavailable(ErrorBody),
+    /// It took longer than `--request-timeout`.
+    #[response(status = 504)]
+    Timeout(ErrorBody),
+}
+
+/// The server isn't ready, for the OpenAPI document.
+#[derive(Debug, IntoResponses)]
+#[allow(dead_code, reason = "described, never made")]
+pub enum NotReady {
+    /// Why it isn't ready.
+    #[response(status = 503)]
+    Unavailable(ErrorBody),
 }
 
 impl ApiError {
@@ -122,19 +187,42 @@ impl ApiError {
         self
     }
 
+    /// With the names that another API has for the fields: the first pair `(ours, theirs)` whose first part stands in `param` counts.
+    pub fn renamed(mut self, names: &[(&str, &str)]) -> Self {
+        if let Some(param) = &self.param
+            && let Some((ours, theirs)) = names.iter().find(|(ours, _)| param.contains(ours))
+        {
+            let renamed = param.replace(ours, theirs);
+            self.message = self.message.replace(param, &renamed);
+            self.param = Some(renamed);
+        }
+        self
+    }
+
+    /// What went wrong, in words.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The status it is sent with.
     pub fn status(&self) -> StatusCode {
         self.status
     }
 
     /// The object, also for the inside of a stream.
-    pub fn to_json(&self) -> Value {
+    pub fn body(&self) -> ErrorBody {
         let kind = match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };
-        json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
+        ErrorBody { error: ErrorObject { message: self.message.clone(), kind, param: self.param.clone(), code: self.code } }
+    }
+
+    /// The same as a value.
+    pub fn to_json(&self) -> Value {
+        // can't fail: strings and nulls
+        serde_json::to_value(self.body()).unwrap_or_default()
     }
 }
 
@@ -144,7 +232,9 @@ impl IntoResponse for ApiError {
         if self.status.is_server_error() && self.status != StatusCode::SERVICE_UNAVAILABLE {
             tracing::warn!(status = self.status.as_u16(), message = %self.message, "request failed");
         }
-        let mut response = (self.status, Json(self.to_json())).into_response();
+        let mut response = (self.status, Json(self.body())).into_response();
+        // for those who say it in other words
+        response.extensions_mut().insert(self.clone());
         if let Some(after) = self.retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs().max(1)));
         }

@@ -25,6 +25,11 @@ impl<'a> Fields<'a> {
         Self { object, prefix: String::new(), asked: RefCell::default() }
     }
 
+    /// An object inside the body, found at `path`.
+    pub fn at(object: &'a Map<String, Value>, path: &str) -> Self {
+        Self { object, prefix: format!("{path}."), asked: RefCell::default() }
+    }
+
     /// The field's name as errors spell it.
     pub fn path(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)
@@ -105,6 +110,12 @@ impl<'a> Fields<'a> {
     pub fn unknown(&self) -> Vec<&'a str> {
         let asked = self.asked.borrow();
         self.object.iter().filter(|(name, value)| !value.is_null() && !asked.contains(name.as_str())).map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Names of the fields that somebody asked for.
+    #[cfg(test)]
+    pub fn asked(&self) -> Vec<&'static str> {
+        self.asked.borrow().iter().copied().collect()
     }
 
     /// Says once which fields are ignored. To be called when all others were asked for.

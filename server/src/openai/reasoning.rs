@@ -47,6 +47,11 @@ impl ReasoningSplitter {
         Self { state, held: String::new() }
     }
 
+    /// What comes next is still reasoning, or what ends it.
+    pub fn is_inside(&self) -> bool {
+        matches!(self.state, State::Opened | State::Reasoning)
+    }
+
     /// Takes the next piece.
     pub fn push(&mut self, text: &str) -> Split {
         self.held.push_str(text);

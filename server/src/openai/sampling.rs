@@ -7,12 +7,12 @@ use evop_serving::{MAX_CHOICES, SamplingParams};
 use serde_json::Value;
 
 /// Most stop strings of one request (OpenAI takes 4).
-const MAX_STOPS: usize = 4;
+pub const MAX_STOPS: usize = 4;
 /// Most words of `bad_words`.
-const MAX_BAD_WORDS: usize = 1024;
+pub const MAX_BAD_WORDS: usize = 1024;
 
 /// Fields that change what is generated and that this version can't honour: better refused than ignored.
-const UNSUPPORTED: [(&str, &str); 9] = [
+pub const UNSUPPORTED: [(&str, &str); 9] = [
     ("suffix", "text after the completion (fill in the middle) is not supported"),
     ("use_beam_search", "beam search is not supported; use n or best_of"),
     ("prompt_embeds", "prompts as embeddings are not supported"),

@@ -4,9 +4,10 @@ use crate::openai::generation::Finish;
 use crate::served::Served;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use utoipa::ToSchema;
 
 /// Token counts.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
 pub struct Usage {
     /// Of all prompts; a prompt counts once whatever its n.
     pub prompt_tokens: usize,
@@ -19,7 +20,7 @@ pub struct Usage {
 }
 
 /// Of `prompt_tokens`.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, ToSchema)]
 pub struct PromptTokensDetails {
     /// Not computed again.
     pub cached_tokens: usize,
@@ -33,8 +34,13 @@ impl Usage {
     }
 }
 
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs())
+}
+
 /// What all objects of one answer begin with.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Head {
     /// Unique.
     pub id: String,
@@ -51,25 +57,27 @@ pub struct Head {
 impl Head {
     /// A new answer of this model.
     pub fn new(prefix: &str, object: &'static str, model: String, served: &Served) -> Self {
-        let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_secs());
         let system_fingerprint = served.fingerprint(&model);
-        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created, model, system_fingerprint }
+        Self { id: format!("{prefix}-{}", uuid::Uuid::new_v4().simple()), object, created: now(), model, system_fingerprint }
     }
 }
 
 /// An answer, or a chunk of one.
-#[derive(Debug, Serialize)]
-pub struct Answer<'a, C> {
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Answer<'a, C: ToSchema> {
     /// Id, model, ...
     #[serde(flatten)]
+    #[schema(value_type = Head)]
     pub head: &'a Head,
     /// The choices, or what is new of them.
     pub choices: Vec<C>,
     /// Absent, `null` (a stream that will send it), or the counts.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Usage>)]
     pub usage: Option<Option<Usage>>,
     /// Chat only: of the prompt, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<BTreeMap<String, RankedLogprob>>>>)]
     pub prompt_logprobs: Option<PromptLogprobs>,
     /// Chat only: of the prompt, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -80,7 +88,7 @@ pub struct Answer<'a, C> {
 pub type PromptLogprobs = Vec<Option<BTreeMap<u32, RankedLogprob>>>;
 
 /// One of `prompt_logprobs`.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct RankedLogprob {
     /// Natural logarithm.
     pub logprob: f32,
@@ -91,8 +99,9 @@ pub struct RankedLogprob {
 }
 
 /// vLLM's `stop_reason`: which stop string or token ended it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 #[serde(untagged)]
+#[schema(as = ChoiceStopReason)]
 pub enum StopReason {
     /// A stop string.
     Text(String),
@@ -101,7 +110,7 @@ pub enum StopReason {
 }
 
 /// How a choice ended, in the two fields that say so.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct End {
     /// `null` while it goes on.
     pub finish_reason: Option<&'static str>,
@@ -122,7 +131,7 @@ impl From<Finish> for End {
 }
 
 /// A choice of a completion, or what is new of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct CompletionChoice {
     /// Prompt times n plus choice.
     pub index: usize,
@@ -135,6 +144,7 @@ pub struct CompletionChoice {
     pub end: End,
     /// If asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Option<BTreeMap<String, RankedLogprob>>>>)]
     pub prompt_logprobs: Option<PromptLogprobs>,
     /// If asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -145,7 +155,7 @@ pub struct CompletionChoice {
 }
 
 /// Logprobs of a completion, in parallel lists.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct CompletionLogprobs {
     /// Where each token begins in `text`, in characters.
     pub text_offset: Vec<usize>,
@@ -154,6 +164,7 @@ pub struct CompletionLogprobs {
     /// Each token.
     pub tokens: Vec<String>,
     /// The alternatives at each place, the token itself always among them.
+    #[schema(value_type = Vec<Option<BTreeMap<String, f32>>>)]
     pub top_logprobs: Vec<Option<Alternatives>>,
 }
 
@@ -168,7 +179,7 @@ impl Serialize for Alternatives {
 }
 
 /// A whole choice of a chat.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatChoice {
     /// Its number.
     pub index: usize,
@@ -185,7 +196,8 @@ pub struct ChatChoice {
 }
 
 /// The assistant's message.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ChatMessage)]
 pub struct Message {
     /// `assistant`.
     pub role: &'static str,
@@ -205,7 +217,7 @@ pub struct Message {
 }
 
 /// A call that a model wants to be made.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ToolCall {
     /// To answer to.
     pub id: String,
@@ -217,7 +229,7 @@ pub struct ToolCall {
 }
 
 /// A function and what it is called with.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct CalledFunction {
     /// Its name.
     pub name: String,
@@ -226,7 +238,7 @@ pub struct CalledFunction {
 }
 
 /// What is new of a choice of a chat.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct ChatChunkChoice {
     /// Its number.
     pub index: usize,
@@ -243,7 +255,7 @@ pub struct ChatChunkChoice {
 }
 
 /// What is new of a message: the role in the first chunk, nothing in the last.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 pub struct Delta {
     /// `assistant`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -263,7 +275,7 @@ pub struct Delta {
 }
 
 /// What is new of a call: id, type and name in its first delta.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct DeltaToolCall {
     /// Which call.
     pub index: usize,
@@ -278,7 +290,7 @@ pub struct DeltaToolCall {
 }
 
 /// What is new of a called function.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct DeltaFunction {
     /// Its name.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -288,7 +300,7 @@ pub struct DeltaFunction {
 }
 
 /// Logprobs of a chat.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct ChatLogprobs {
     /// One entry a token.
     pub content: Vec<ChatLogprob>,
@@ -297,7 +309,7 @@ pub struct ChatLogprobs {
 }
 
 /// A token of a chat, with its alternatives.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct ChatLogprob {
     /// The token itself.
     #[serde(flatten)]
@@ -307,7 +319,7 @@ pub struct ChatLogprob {
 }
 
 /// A token and its probability.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct ChatToken {
     /// As text.
     pub token: String,

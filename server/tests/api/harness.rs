@@ -123,6 +123,27 @@ impl Server {
         chunks(&answer.body)
     }
 
+    /// The named events of a stream, after seeing that each name is its event's type.
+    pub fn events(&self, path: &str, body: &Value) -> Vec<Value> {
+        let mut body = body.clone();
+        body["stream"] = json!(true);
+        let answer = self.post(path, &body);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let event = |text: &str| {
+            let (name, data) = text.strip_prefix("event: ").and_then(|rest| rest.split_once("\ndata: ")).unwrap_or_else(|| panic!("no event: {text:?}"));
+            let data: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(data["type"], name);
+            data
+        };
+        answer.body.split("\n\n").filter(|text| !text.is_empty()).map(event).collect()
+    }
+
+    /// Requests that leave little to others for as long as they are kept, or until they are out of time.
+    pub fn keep_busy(&self) -> Vec<TcpStream> {
+        let body = json!({"prompt": "On and on", "max_tokens": 1000, "temperature": 0, "ignore_eos": true, "n": 32}).to_string();
+        (0..2).map(|_| open(&self.public, "POST", "/v1/completions", &[], Some(&body))).collect()
+    }
+
     /// Any request to the admin API.
     pub fn admin(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
         request(&self.admin, method, path, &[], body.map(Value::to_string).as_deref())

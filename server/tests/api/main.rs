@@ -14,13 +14,15 @@ mod forms;
 mod harness;
 mod interrupted;
 mod keys;
-
 mod lifecycle;
 mod load;
+mod messages;
 mod models;
+mod openapi;
 mod operations;
 mod prune;
 mod rate_limit;
+mod responses;
 mod slow_clients;
 mod structured;
 mod swap;

@@ -133,7 +133,7 @@ fn a_conversation_with_calls_and_their_results_goes_on() {
 }
 
 /// The bundled model with another chat template.
-fn with_template(directory: &Path, template: &str) -> String {
+pub fn with_template(directory: &Path, template: &str) -> String {
     let bundled = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/tiny");
     for entry in std::fs::read_dir(bundled).unwrap().map(Result::unwrap).filter(|entry| entry.file_type().unwrap().is_file()) {
         std::fs::copy(entry.path(), directory.join(entry.file_name())).unwrap();

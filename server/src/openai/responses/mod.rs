@@ -1,0 +1,42 @@
+//! `POST /v1/responses`: OpenAI's Responses API without its state. A request becomes a chat, and the chat's answer a list of items.
+
+mod assembly;
+mod request;
+mod types;
+
+use crate::app::App;
+use crate::openai::JsonBody;
+use crate::openai::chat;
+use crate::openai::errors::{ApiError, Problems};
+use crate::openai::fields::Fields;
+use crate::openai::schema;
+use crate::openai::sse;
+use crate::openai::turn::Turn;
+use crate::request_id::RequestId;
+use assembly::ResponseAssembly;
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+#[cfg(test)]
+pub use request::convert;
+use std::sync::Arc;
+
+/// Answers with a list of items.
+#[utoipa::path(
+    post,
+    path = "/v1/responses",
+    operation_id = "responses",
+    tag = "Text",
+    request_body = schema::ResponsesRequest,
+    responses((status = 200, description = "The response; with `stream`, what happens to it.", content((types::Response = "application/json"), (types::Numbered = "text/event-stream"))), Problems)
+)]
+pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
+    let (body, echo) = request::convert(&Fields::new(&body))?;
+    let mut chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
+    let turn = Turn::new(&chat, ResponseAssembly::new(&chat, echo));
+    if chat.request.answer.stream.is_some() {
+        return Ok(sse::respond(chat.generation, turn));
+    }
+    let assembly = turn.whole(&mut chat.generation).await?;
+    Ok(Json(assembly.into_response()).into_response())
+}
