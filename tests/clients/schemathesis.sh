@@ -3,10 +3,11 @@
 # document says. About two minutes.
 # usage: schemathesis.sh SCHEMATHESIS EVOP
 set -euo pipefail
-schemathesis=$1 evop=$2
+schemathesis=$(realpath "$1") evop=$(realpath "$2")
 work=$(mktemp -d)
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # a short context bounds what one request can cost
+cd "$work"  # schemathesis leaves files where it runs
 "$evop" serve --max-model-len 64 --port "$port" --admin-addr off --data-dir "$work/data" >"$work/log" 2>&1 &
 server=$!
 trap 'kill $server 2>/dev/null || true; wait $server 2>/dev/null || true; rm -rf "$work"' EXIT
