@@ -26,7 +26,7 @@ pub fn public(app: &Arc<App>) -> Router {
     let (api, document) = described().split_for_parts();
     let api = api.route_layer(from_fn_with_state(Arc::clone(app), limit_rate)).route_layer(from_fn_with_state(Arc::clone(&app.api_keys), require_key));
     let (probes, document_of_probes) = probes().split_for_parts();
-    let docs = docs::routes(document.merge_from(document_of_probes));
+    let docs = docs::routes(&document.merge_from(document_of_probes));
     finished(app, api.merge(probes).merge(docs))
 }
 

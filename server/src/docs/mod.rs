@@ -9,7 +9,7 @@ use axum::Router;
 use axum::http::{HeaderMap, header};
 use axum::response::{Html, IntoResponse};
 use axum::routing::get;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -40,8 +40,8 @@ pub fn preface() -> OpenApi {
 }
 
 /// The document and the page.
-pub fn routes(document: OpenApi) -> Router<Arc<App>> {
-    let document = Arc::new(as_json(&document));
+pub fn routes(document: &OpenApi) -> Router<Arc<App>> {
+    let document = Arc::new(as_json(document));
     let text: Arc<str> = document.to_string().into();
     let json = move || {
         let text = text.to_string();
@@ -55,12 +55,20 @@ pub fn routes(document: OpenApi) -> Router<Arc<App>> {
     Router::new().route("/openapi.json", get(json)).route("/docs", get(html))
 }
 
-/// Paths as OpenAPI writes them: a parameter that takes slashes too is written like any other.
+/// As OpenAPI writes it: a parameter that takes slashes too like any other, and a stream as its events, which have the JSON that is described in them as text.
 fn as_json(document: &OpenApi) -> Value {
     // can't fail: strings, numbers and lists
     let mut document = serde_json::to_value(document).unwrap_or_default();
     if let Some(Value::Object(paths)) = document.get_mut("paths").map(Value::take) {
-        document["paths"] = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect::<Map<_, _>>().into();
+        let paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item));
+        document["paths"] = paths.collect::<Map<_, _>>().into();
+    }
+    let items = document.get_mut("paths").and_then(Value::as_object_mut).into_iter().flat_map(Map::values_mut);
+    let operations = items.filter_map(Value::as_object_mut).flat_map(Map::values_mut);
+    let answers = operations.filter_map(|operation| operation.get_mut("responses")?.as_object_mut()).flat_map(Map::values_mut);
+    for stream in answers.filter_map(|answer| answer.pointer_mut("/content/text~1event-stream/schema")) {
+        let data = json!({"type": "string", "contentMediaType": "application/json", "contentSchema": stream.take()});
+        *stream = json!({"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}});
     }
     document
 }

@@ -170,6 +170,9 @@ fn kind(schema: &Value) -> Vec<Segment> {
         let name = target.rsplit('/').next().unwrap_or_default();
         return vec![Segment { text: name.into(), link: true }];
     }
+    if schema["contentSchema"].is_object() {
+        return joined([words("JSON".into()), kind(&schema["contentSchema"])].into_iter(), " of ");
+    }
     if let Some(values) = schema["enum"].as_array() {
         return words(values.iter().map(Value::to_string).collect::<Vec<_>>().join(" or "));
     }
@@ -232,6 +235,7 @@ mod tests {
         assert_eq!(words(&json!({"oneOf": [{"type": "null"}, {"enum": ["a", "b"]}]})), "null or \"a\" or \"b\"");
         assert_eq!(words(&json!({"type": "object", "properties": {"type": {"enum": ["text"]}, "of": tool}})), "{type: \"text\", of: <Tool>}");
         assert_eq!(words(&json!({"type": "object", "additionalProperties": {"type": "number"}})), "object of number");
+        assert_eq!(words(&json!({"type": "string", "contentSchema": tool})), "JSON of <Tool>");
         assert_eq!(words(&json!({})), "anything");
     }
 

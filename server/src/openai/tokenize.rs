@@ -33,10 +33,15 @@ pub enum Tokenized {
         token_strs: Option<Vec<String>>,
     },
     /// llama-server's.
-    Llama {
-        /// Ids, or ids with their pieces.
-        tokens: Vec<LlamaToken>,
-    },
+    Llama(LlamaTokens),
+}
+
+/// Token ids as llama-server writes them, and nothing else.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LlamaTokens {
+    /// Ids, or ids with their pieces.
+    tokens: Vec<LlamaToken>,
 }
 
 /// A token as llama-server writes it.
@@ -151,7 +156,7 @@ fn llama_form(served: &Served, ids: Vec<u32>, with_pieces: bool) -> Tokenized {
         let piece = if std::str::from_utf8(&bytes).is_ok() { Piece::Text(as_text(bytes)) } else { Piece::Bytes(bytes) };
         LlamaToken::WithPiece { id, piece }
     };
-    Tokenized::Llama { tokens: ids.into_iter().map(token).collect() }
+    Tokenized::Llama(LlamaTokens { tokens: ids.into_iter().map(token).collect() })
 }
 
 /// Token ids to text.

@@ -67,7 +67,7 @@ impl MessageAssembly {
         if let Some(Block::Thinking { thinking, .. }) = self.message.content.last_mut() {
             thinking.push_str(&more);
         }
-        self.delta(BlockDelta::ThinkingDelta { thinking: more });
+        self.delta(BlockDelta::Thinking { thinking: more });
     }
 
     fn say(&mut self, more: String) {
@@ -77,7 +77,7 @@ impl MessageAssembly {
         if let Some(Block::Text { text }) = self.message.content.last_mut() {
             text.push_str(&more);
         }
-        self.delta(BlockDelta::TextDelta { text: more });
+        self.delta(BlockDelta::Text { text: more });
     }
 
     fn call(&mut self, call: DeltaToolCall) {
@@ -87,7 +87,7 @@ impl MessageAssembly {
         let partial_json = call.function.arguments;
         if !partial_json.is_empty() {
             self.input.push_str(&partial_json);
-            self.delta(BlockDelta::InputJsonDelta { partial_json });
+            self.delta(BlockDelta::InputJson { partial_json });
         }
     }
 

@@ -147,21 +147,24 @@ impl MessageEvent {
 
 /// What is new of a block.
 #[derive(Debug, Clone, Serialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type")]
 #[schema(as = MessageBlockDelta)]
 pub enum BlockDelta {
     /// Of reasoning.
-    ThinkingDelta {
+    #[serde(rename = "thinking_delta")]
+    Thinking {
         /// The text.
         thinking: String,
     },
     /// Of text.
-    TextDelta {
+    #[serde(rename = "text_delta")]
+    Text {
         /// The text.
         text: String,
     },
     /// Of a tool's input.
-    InputJsonDelta {
+    #[serde(rename = "input_json_delta")]
+    InputJson {
         /// JSON text, as the model writes it.
         partial_json: String,
     },
