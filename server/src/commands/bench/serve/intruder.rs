@@ -92,9 +92,7 @@ impl Scenario {
             let gaps = arrivals.iter().flat_map(|a| a.windows(2).filter(|pair| pair[1] > from && pair[1] <= to).map(|pair| pair[1] - pair[0]));
             Percentiles::of(gaps.collect())
         };
-        let (Some(before), Some(during), Some(after)) =
-            (gaps(settled, intruder.sent), gaps(intruder.sent, first), gaps(intruder.ended, Instant::now()))
-        else {
+        let (Some(before), Some(during), Some(after)) = (gaps(settled, intruder.sent), gaps(intruder.sent, first), gaps(intruder.ended, Instant::now())) else {
             bail!("no chat got a token while the long prompt was read");
         };
         let ratio_p99 = during.p99 / f64::midpoint(before.p99, after.p99);
