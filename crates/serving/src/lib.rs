@@ -13,7 +13,7 @@
 //! let engine = Engine::start(decoder, checkpoint.config().eos_token_ids.clone(), config)?;
 //! let prompt = checkpoint.encode("Once upon a time", true)?;
 //! let params = SamplingParams { max_tokens: 20, temperature: 0.0, ..SamplingParams::default() };
-//! let mut stream = engine.submit(Request { prompt, params, member: 0, n: 1, request_id: "example".into() })?;
+//! let mut stream = engine.submit(Request { prompt, params, ..Request::default() })?;
 //! while let Some(output) = stream.blocking_next() {
 //!     if let OutputKind::Token { id, .. } = output.kind {
 //!         println!("{id}");

@@ -5,7 +5,7 @@ use crate::openai::fields::{Fields, wrong_type};
 use serde_json::{Map, Value, json};
 
 /// Chat fields of which other APIs' requests may have any, by the same names: they sample alike.
-const SAMPLING: [&str; 14] = [
+const SAMPLING: [&str; 17] = [
     "temperature",
     "top_p",
     "top_k",
@@ -19,6 +19,9 @@ const SAMPLING: [&str; 14] = [
     "stop_token_ids",
     "logit_bias",
     "allowed_token_ids",
+    "bad_words",
+    "priority",
+    "cache_salt",
     "structured_outputs",
 ];
 

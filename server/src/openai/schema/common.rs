@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
 
-/// How to sample.
+/// How to sample, and when it is one's turn.
 #[derive(Debug, ToSchema)]
 pub struct Sampling {
     /// Randomness; 0 takes the most probable token. Without it the model's own suggestion, else 1.
@@ -40,6 +40,13 @@ pub struct Sampling {
     min_tokens: Option<u64>,
     /// Tokens that end the answer, by id.
     stop_token_ids: Option<Vec<u32>>,
+    /// Words that may not come, up to 1,024.
+    bad_words: Option<OneOrMore>,
+    /// Who waits comes as if so many seconds later; below 0 before others.
+    priority: Option<i32>,
+    /// The prompt's beginning is shared only with requests of the same salt.
+    #[schema(min_length = 1)]
+    cache_salt: Option<String>,
     /// What the text must be like.
     structured_outputs: Option<StructuredOutputs>,
 }
@@ -65,13 +72,6 @@ pub struct Answering {
     return_token_ids: Option<bool>,
     /// Logprobs name tokens `token_id:N`.
     return_tokens_as_token_ids: Option<bool>,
-    /// Words that may not come, up to 1,024.
-    bad_words: Option<OneOrMore>,
-    /// Who waits comes as if so many seconds later; below 0 before others.
-    priority: Option<i32>,
-    /// The prompt's beginning is shared only with requests of the same salt.
-    #[schema(min_length = 1)]
-    cache_salt: Option<String>,
     /// Answer chunk by chunk.
     stream: Option<bool>,
     /// What a stream says of usage.
