@@ -3,10 +3,10 @@
 use crate::held::Held;
 use crate::kernels::ggml::BlockType;
 use crate::kernels::packed::{self, Format, Line, Product, STEP, Weights};
-use crate::kernels::{self, SharedOut, blocks, q8, unfilled};
+use crate::kernels::{self, SharedOut, block_layout, q8, unfilled};
 use crate::source::Source;
 use crate::{Error, Result};
-use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ impl Packed {
 
     /// Blocks in ggml's bytes.
     fn blocks(of: BlockType, bytes: &[u8], rows: usize, columns: usize) -> Self {
-        let laid = blocks::lay_out(of, bytes, rows, columns);
+        let laid = block_layout::lay_out(of, bytes, rows, columns);
         Self { parts: Arc::new(laid.parts), ..Self::new(Format::Blocks(of), laid.lines, laid.scales, rows, columns) }
     }
 
@@ -130,7 +130,7 @@ impl Matrix {
             Held::Plain(dtype) => Self::new(values.to_dtype(dtype)?),
             Held::Q8_0 => Ok(Self::Packed(kernels::with_slice(&values.to_dtype(DType::F32)?, |values| Packed::q8(values, rows, columns))?)),
             Held::Blocks(of) => {
-                let blocks = QTensor::quantize(&values.to_dtype(DType::F32)?.contiguous()?, ggml(of))?;
+                let blocks = QTensor::quantize(&values.to_dtype(DType::F32)?.contiguous()?, of.ggml())?;
                 Ok(Self::Packed(Packed::blocks(of, &blocks.data()?, rows, columns)))
             }
         }
@@ -247,21 +247,6 @@ impl Matrix {
             Ok(Tensor::from_vec(y, shape.as_slice(), x.device())?)
         };
         packed.into_iter().zip(results).map(of_shape).collect()
-    }
-}
-
-/// Candle's name of a type.
-fn ggml(of: BlockType) -> GgmlDType {
-    match of {
-        BlockType::Q4_0 => GgmlDType::Q4_0,
-        BlockType::Q4_1 => GgmlDType::Q4_1,
-        BlockType::Q5_0 => GgmlDType::Q5_0,
-        BlockType::Q5_1 => GgmlDType::Q5_1,
-        BlockType::Q2K => GgmlDType::Q2K,
-        BlockType::Q3K => GgmlDType::Q3K,
-        BlockType::Q4K => GgmlDType::Q4K,
-        BlockType::Q5K => GgmlDType::Q5K,
-        BlockType::Q6K => GgmlDType::Q6K,
     }
 }
 

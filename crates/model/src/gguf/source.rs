@@ -159,22 +159,10 @@ fn plain_type(kind: GgmlDType) -> Option<DType> {
     }
 }
 
-/// What holds blocks of a type as they are.
+/// What holds blocks of a type as they are; plain numbers, and what ggml has for activations alone, are read as f32.
 fn held(kind: GgmlDType) -> Option<Held> {
-    Some(match kind {
-        GgmlDType::Q4_0 => Held::Blocks(BlockType::Q4_0),
-        GgmlDType::Q4_1 => Held::Blocks(BlockType::Q4_1),
-        GgmlDType::Q5_0 => Held::Blocks(BlockType::Q5_0),
-        GgmlDType::Q5_1 => Held::Blocks(BlockType::Q5_1),
-        GgmlDType::Q8_0 => Held::Q8_0,
-        GgmlDType::Q2K => Held::Blocks(BlockType::Q2K),
-        GgmlDType::Q3K => Held::Blocks(BlockType::Q3K),
-        GgmlDType::Q4K => Held::Blocks(BlockType::Q4K),
-        GgmlDType::Q5K => Held::Blocks(BlockType::Q5K),
-        GgmlDType::Q6K => Held::Blocks(BlockType::Q6K),
-        // plain numbers, and what ggml has for activations alone: read as f32
-        GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 | GgmlDType::Q8_1 | GgmlDType::Q8K => return None,
-    })
+    let blocks = || BlockType::ALL.into_iter().find(|of| of.ggml() == kind).map(Held::Blocks);
+    if kind == GgmlDType::Q8_0 { Some(Held::Q8_0) } else { blocks() }
 }
 
 impl Source for GgufSource {

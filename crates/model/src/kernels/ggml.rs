@@ -1,6 +1,7 @@
 //! The quantised block types of GGUF files, as ggml lays their bytes out (ggml-common.h): a weight is `scale * number - minimum`, where scale and minimum
 //! belong to 16 or 32 weights.
 
+use candle_core::quantized::GgmlDType;
 use half::f16;
 
 /// Weights of a block of the k-quants, and the most that any type has in a block.
@@ -63,6 +64,21 @@ pub(crate) struct Block {
 impl BlockType {
     /// All of them.
     pub const ALL: [Self; 9] = [Self::Q4_0, Self::Q4_1, Self::Q5_0, Self::Q5_1, Self::Q2K, Self::Q3K, Self::Q4K, Self::Q5K, Self::Q6K];
+
+    /// Candle's name of the type.
+    pub fn ggml(self) -> GgmlDType {
+        match self {
+            Self::Q4_0 => GgmlDType::Q4_0,
+            Self::Q4_1 => GgmlDType::Q4_1,
+            Self::Q5_0 => GgmlDType::Q5_0,
+            Self::Q5_1 => GgmlDType::Q5_1,
+            Self::Q2K => GgmlDType::Q2K,
+            Self::Q3K => GgmlDType::Q3K,
+            Self::Q4K => GgmlDType::Q4K,
+            Self::Q5K => GgmlDType::Q5K,
+            Self::Q6K => GgmlDType::Q6K,
+        }
+    }
 
     /// Its name as everybody writes it: `q4_k`.
     pub fn as_str(self) -> &'static str {
@@ -199,34 +215,19 @@ fn scales_of_q3(bytes: &[u8]) -> [i8; 16] {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::quantized::QTensor;
     use candle_core::{DType, Device, Tensor};
-
-    /// Candle's name of the type.
-    pub fn of_candle(of: BlockType) -> GgmlDType {
-        match of {
-            BlockType::Q4_0 => GgmlDType::Q4_0,
-            BlockType::Q4_1 => GgmlDType::Q4_1,
-            BlockType::Q5_0 => GgmlDType::Q5_0,
-            BlockType::Q5_1 => GgmlDType::Q5_1,
-            BlockType::Q2K => GgmlDType::Q2K,
-            BlockType::Q3K => GgmlDType::Q3K,
-            BlockType::Q4K => GgmlDType::Q4K,
-            BlockType::Q5K => GgmlDType::Q5K,
-            BlockType::Q6K => GgmlDType::Q6K,
-        }
-    }
 
     #[test]
     fn blocks_unpack_to_the_numbers_that_candle_reads_in_them() {
         let values = Tensor::randn(0.1f32, 1.0, (6, 512), &Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
         for of in BlockType::ALL {
-            let quantised = QTensor::quantize(&values, of_candle(of)).unwrap();
+            let quantised = QTensor::quantize(&values, of.ggml()).unwrap();
             let expected = quantised.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let Layout { offset, part, block: weights, bytes, .. } = of.layout();
-            assert_eq!((weights, bytes), (of_candle(of).block_size(), of_candle(of).type_size()));
+            assert_eq!((weights, bytes), (of.ggml().block_size(), of.ggml().type_size()));
             let data = quantised.data().unwrap();
             for (bytes, expected) in data.chunks(bytes).zip(expected.chunks(weights)) {
                 let block = of.unpack(bytes);

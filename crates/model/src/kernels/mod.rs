@@ -8,7 +8,8 @@
 mod amx;
 pub(crate) mod attention;
 pub(crate) mod bf16;
-pub(crate) mod blocks;
+pub(crate) mod block_layout;
+mod blocks;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod f16;

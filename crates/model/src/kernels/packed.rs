@@ -1,8 +1,9 @@
 //! Weights laid out for vector instructions: sixteen rows side by side, 32 inputs at a time. A product reads them once, in order, as fast as memory
 //! gives them, and tiles and vectors take them as they are.
 
-use super::blocks::{self, BlockType};
+use super::ggml::BlockType;
 use super::{SharedOut, bf16, f16 as half_precision, q8};
+use super::{block_layout, blocks};
 use half::f16;
 use rayon::prelude::*;
 
@@ -77,7 +78,7 @@ impl Weights<'_> {
         match self.format {
             Format::Bf16 => bf16::at(lines, own, column % STEP),
             Format::F16 => half_precision::at(lines, own, column % STEP),
-            Format::Blocks(of) => blocks::at(self, of, row, column),
+            Format::Blocks(of) => block_layout::at(self, of, row, column),
             Format::Q8 => q8::at(lines, own, column % STEP) * self.scales(row / GROUP, column / STEP)[own].to_f32(),
         }
     }

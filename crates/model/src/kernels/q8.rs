@@ -121,12 +121,12 @@ fn round_row_body(x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections
 pub(super) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'_>]) {
     let x = Activations::new(x, tokens, k);
     let kernel = Kernel::best(tokens);
-    each_groups(products, tokens, k, |product, groups| kernel.run(&x, tokens, product, groups));
+    each_groups(products, tokens, k, |product, groups| run(kernel, &x, tokens, product, groups));
 }
 
-/// Ways to compute the same bits.
+/// Ways to compute the same bits, of products in 8 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kernel {
+pub(super) enum Kernel {
     Plain,
     #[cfg(target_arch = "x86_64")]
     Vnni,
@@ -135,7 +135,8 @@ enum Kernel {
 }
 
 impl Kernel {
-    fn best(tokens: usize) -> Self {
+    /// The fastest that this processor has for so many tokens.
+    pub fn best(tokens: usize) -> Self {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if tokens >= amx::LEAST && super::amx::bytes_available() && vnni::available() {
             return Self::Amx;
@@ -147,17 +148,17 @@ impl Kernel {
         let _ = tokens;
         Self::Plain
     }
+}
 
-    fn run(self, x: &Activations, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
-        match self {
-            Self::Plain => plain(x, tokens, product, groups),
-            // SAFETY: `best` has found the features
-            #[cfg(target_arch = "x86_64")]
-            Self::Vnni => unsafe { vnni::groups(x, 0..tokens, product, groups) },
-            // SAFETY: as above
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx => unsafe { amx::groups(x, tokens, product, groups) },
-        }
+fn run(kernel: Kernel, x: &Activations, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
+    match kernel {
+        Kernel::Plain => plain(x, tokens, product, groups),
+        // SAFETY: `Kernel::best` has found the features
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Vnni => unsafe { vnni::groups(x, 0..tokens, product, groups) },
+        // SAFETY: as above
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        Kernel::Amx => unsafe { amx::groups(x, tokens, product, groups) },
     }
 }
 
@@ -404,7 +405,7 @@ mod tests {
             let activations = Activations::new(&x, tokens, k);
             let by = |kernel: Kernel| {
                 let mut y = unfilled(tokens * rows);
-                kernel.run(&activations, tokens, &Product { weights, y: SharedOut(y.as_mut_ptr()) }, 0..rows.div_ceil(GROUP));
+                run(kernel, &activations, tokens, &Product { weights, y: SharedOut(y.as_mut_ptr()) }, 0..rows.div_ceil(GROUP));
                 y
             };
             let plain = by(Kernel::Plain);
