@@ -5,12 +5,20 @@ use crate::openai::chat::Chat;
 use crate::openai::chat_output::ChatOutput;
 use crate::openai::errors::ApiError;
 use crate::openai::generation::{Event, Generation};
-use crate::openai::sse::{Chunk, ChunkWriter};
+use crate::openai::sse::{Chunk, ChunkWriter, respond as respond_in_chunks};
 use crate::openai::types::{Delta, End, Usage};
-use axum::response::sse;
+use axum::Json;
+use axum::response::{IntoResponse, Response, sse};
+use serde::Serialize;
 
 /// An answer that grows.
 pub trait Assembly: Send + 'static {
+    /// What it is in the end.
+    type Answer: Serialize;
+
+    /// All of it.
+    fn into_answer(self) -> Self::Answer;
+
     /// What a stream tells of it, serialised.
     fn take_events(&mut self) -> Vec<Chunk>;
 
@@ -43,7 +51,7 @@ pub struct TurnUsage {
 
 /// One turn, read from a generation.
 #[derive(Debug)]
-pub struct Turn<A> {
+struct Turn<A> {
     assembly: A,
     output: ChatOutput,
     completion_tokens: usize,
@@ -53,7 +61,7 @@ pub struct Turn<A> {
 
 impl<A: Assembly> Turn<A> {
     /// Before its first token.
-    pub fn new(chat: &Chat, assembly: A) -> Self {
+    fn new(chat: &Chat, assembly: A) -> Self {
         Self { assembly, output: ChatOutput::new(&chat.output), completion_tokens: 0, reasoning_tokens: 0, ended: End::default() }
     }
 
@@ -61,7 +69,7 @@ impl<A: Assembly> Turn<A> {
     ///
     /// # Errors
     /// What ended it early.
-    pub async fn whole(mut self, generation: &mut Generation) -> Result<A, ApiError> {
+    async fn whole(mut self, generation: &mut Generation) -> Result<A, ApiError> {
         self.assembly.begin(generation.prompt_tokens());
         while let Some(event) = generation.next().await {
             match event {
@@ -98,6 +106,18 @@ impl<A: Assembly> Turn<A> {
         let tokens = Usage::new(generation.prompt_tokens(), self.completion_tokens, generation.cached_tokens());
         self.assembly.end(std::mem::take(&mut self.ended), TurnUsage { tokens, reasoning_tokens: self.reasoning_tokens });
     }
+}
+
+/// A chat's answer as this assembly makes it: whole, or streamed where that was asked for.
+///
+/// # Errors
+/// What ended it early, if it isn't streamed.
+pub async fn respond<A: Assembly>(mut chat: Chat, assembly: A) -> Result<Response, ApiError> {
+    let turn = Turn::new(&chat, assembly);
+    if chat.request.answer.stream.is_some() {
+        return Ok(respond_in_chunks(chat.generation, turn));
+    }
+    Ok(Json(turn.whole(&mut chat.generation).await?.into_answer()).into_response())
 }
 
 impl<A: Assembly> ChunkWriter for Turn<A> {

@@ -39,11 +39,6 @@ impl MessageAssembly {
         Self { message, open: false, input: String::new(), events: Vec::new() }
     }
 
-    /// All of it.
-    pub fn into_message(self) -> Message {
-        self.message
-    }
-
     /// Of the last block.
     fn index(&self) -> usize {
         self.message.content.len().saturating_sub(1)
@@ -107,6 +102,12 @@ impl MessageAssembly {
 }
 
 impl Assembly for MessageAssembly {
+    type Answer = Message;
+
+    fn into_answer(self) -> Message {
+        self.message
+    }
+
     fn take_events(&mut self) -> Vec<Chunk> {
         self.events.drain(..).map(|event| Chunk::named(event.name(), &event)).collect()
     }

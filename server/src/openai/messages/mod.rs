@@ -13,14 +13,13 @@ use crate::openai::chat_request::Conversation;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::schema;
-use crate::openai::sse;
-use crate::openai::turn::Turn;
+use crate::openai::turn;
 use crate::request_id::RequestId;
 use crate::served::Served;
 use assembly::MessageAssembly;
 use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 #[cfg(test)]
 pub use request::{convert, convert_prompt};
 use serde_json::{Map, Value};
@@ -39,13 +38,9 @@ use types::{MessageProblems, TokenCount};
 )]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let body = request::convert(&Fields::new(&body))?;
-    let mut chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
-    let turn = Turn::new(&chat, MessageAssembly::new(&chat));
-    if chat.request.answer.stream.is_some() {
-        return Ok(sse::respond(chat.generation, turn));
-    }
-    let assembly = turn.whole(&mut chat.generation).await?;
-    Ok(Json(assembly.into_message()).into_response())
+    let chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
+    let assembly = MessageAssembly::new(&chat);
+    turn::respond(chat, assembly).await
 }
 
 /// Says how many tokens a request's prompt has.

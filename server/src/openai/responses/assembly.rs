@@ -50,11 +50,6 @@ impl ResponseAssembly {
         Self { response, open: false, sequence_number: 0, events: Vec::new() }
     }
 
-    /// All of it.
-    pub fn into_response(self) -> Response {
-        self.response
-    }
-
     fn tell(&mut self, event: ResponseEvent) {
         self.events.push(Numbered { event, sequence_number: self.sequence_number });
         self.sequence_number += 1;
@@ -162,6 +157,12 @@ impl OutputItem {
 }
 
 impl Assembly for ResponseAssembly {
+    type Answer = Response;
+
+    fn into_answer(self) -> Response {
+        self.response
+    }
+
     fn take_events(&mut self) -> Vec<Chunk> {
         self.events.drain(..).map(|numbered| Chunk::named(numbered.event.name(), &numbered)).collect()
     }

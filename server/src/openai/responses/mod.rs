@@ -10,13 +10,11 @@ use crate::openai::chat;
 use crate::openai::errors::{ApiError, Problems};
 use crate::openai::fields::Fields;
 use crate::openai::schema;
-use crate::openai::sse;
-use crate::openai::turn::Turn;
+use crate::openai::turn;
 use crate::request_id::RequestId;
 use assembly::ResponseAssembly;
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 #[cfg(test)]
 pub use request::convert;
 use std::sync::Arc;
@@ -32,11 +30,7 @@ use std::sync::Arc;
 )]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let (body, echo) = request::convert(&Fields::new(&body))?;
-    let mut chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
-    let turn = Turn::new(&chat, ResponseAssembly::new(&chat, echo));
-    if chat.request.answer.stream.is_some() {
-        return Ok(sse::respond(chat.generation, turn));
-    }
-    let assembly = turn.whole(&mut chat.generation).await?;
-    Ok(Json(assembly.into_response()).into_response())
+    let chat = chat::start(&app, &request_id, &body).await.map_err(|error| error.renamed(&request::NAMES))?;
+    let assembly = ResponseAssembly::new(&chat, echo);
+    turn::respond(chat, assembly).await
 }
