@@ -38,8 +38,11 @@ pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<Target, ApiError> 
     let Some(served) = app.slot.current() else { return Err(ApiError::unavailable("the model is still loading")) };
     let name = name.unwrap_or(&app.names()[0]);
     let Some(member) = app.member(&served, name) else { return Err(ApiError::model_not_found(name)) };
-    let level = app.pressure.as_ref().filter(|_| member == 0).map_or(0, |pressure| pressure.level(served.forms.len()));
-    app.metrics.elastic_level(level);
+    let level = app.pressure.as_ref().filter(|_| member == 0).map_or(0, |pressure| {
+        let level = pressure.level(served.forms.len());
+        app.metrics.elastic_level(level);
+        level
+    });
     let (name, member) = match served.thinner(level) {
         Some(form) => (format!("{name}@{}", form.name), served.member(Some(&form.name)).unwrap_or(member)),
         None => (name.to_string(), member),
