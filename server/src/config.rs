@@ -34,7 +34,7 @@ pub struct ServeConfig {
     #[arg(long, env = "EVOP_MAX_MODEL_LEN", value_name = "TOKENS", help_heading = "Model")]
     pub max_model_len: Option<usize>,
 
-    /// A thinner form of the model over the same weights, asked for as MODEL@FORM: a pattern.json that skips whole sub-blocks (evop prune --space block --compensation none --skip-compensation none). May be given again.
+    /// A thinner form of the model over the same weights, asked for as MODEL@FORM: the pattern.json of a run of evop prune --preset elastic. May be given again.
     #[arg(long = "pattern", env = "EVOP_PATTERNS", value_name = "FORM=FILE", value_delimiter = ',', help_heading = "Model")]
     pub patterns: Vec<FormFile>,
     /// Let this form guess tokens that the whole model then checks several at a time. The answers stay the same; how many are guessed, or none, follows what is fastest.

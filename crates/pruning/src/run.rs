@@ -8,6 +8,7 @@
 //! | `levels/` | the level database, unless it is kept elsewhere | a sub-block at a time; deleted at the end |
 //! | `search.jsonl` | every evaluation and the work done | appended, synced a batch at a time |
 //! | `front/` | the patterns of a front, each named by what it keeps | at the end |
+//! | `widths.safetensors` | what partial widths need over the parent's own weights, where that is an order and biases alone | at the end |
 //! | `clusters.json`, `clusters.safetensors` | a pattern a cluster; the chunks' vectors | at the end; once sampled |
 //! | `pattern.json`, `report.html`, `report.json`, `config.json`, `model.safetensors`, … | the result | at the end |
 //! | `evop.json` | provenance; its presence makes the directory a checkpoint | last |
@@ -102,7 +103,10 @@ const LOG: &str = "search.jsonl";
 const LATENCY: &str = "latency.json";
 const LEVELS: &str = "levels";
 const PATTERN: &str = "pattern.json";
-const FRONT: &str = "front";
+/// Directory of a front's patterns.
+pub const FRONT: &str = "front";
+/// Beside a pattern: orders and biases of partial widths, where the parent's weights are all else that they need.
+pub const WIDTHS: &str = "widths.safetensors";
 const CLUSTERS: &str = "clusters.json";
 const CLUSTER_VECTORS: &str = "clusters.safetensors";
 /// The file that makes a run directory a checkpoint.
@@ -311,6 +315,9 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
         for point in &found.front {
             storage::write_json(&front.join(format!("{:.4}.json", point.kept)), &point.pattern)?;
         }
+    }
+    if let Some(widths) = supernet.levels().map(|levels| levels.over_one_copy(supernet.decoder())).transpose()?.flatten().filter(|widths| !widths.is_empty()) {
+        storage::write(&directory.join(WIDTHS), &widths.to_bytes()?)?;
     }
     let source = DecoderSource::new(&pruned_decoder, inputs.checkpoint.source().as_ref())?;
     let written = Contents::of(inputs.checkpoint).around(pruned_decoder.config(), &source).write(options.format, directory)?;

@@ -214,6 +214,8 @@ pub struct TuningArgs {
 pub enum Preset {
     /// Drops and repaired widths searched together, scored by divergence from the dense model.
     Default,
+    /// What `evop serve --pattern` serves over the weights of the whole model: drops, and widths that need no more than a bias.
+    Elastic,
     /// EvoP as its authors' code runs it: 5 sequences of 2048 tokens from 5 clusters, whole layers, population 50, 100 generations.
     Paper,
 }
@@ -222,6 +224,7 @@ impl TuningArgs {
     /// All options of a run, those not given from the preset and the strategy (by default the preset's).
     pub fn options(&self, strategy: Option<Strategy>, budgets: Vec<Budget>, context: usize) -> PruneOptions {
         let paper = self.preset == Preset::Paper;
+        let elastic = self.preset == Preset::Elastic;
         let strategy = strategy.unwrap_or(if paper { Strategy::Evop } else { Strategy::Joint });
         let recipe = strategy.recipe();
         let ccds = if paper { CalibrationOptions::paper() } else { CalibrationOptions::default() };
@@ -263,8 +266,8 @@ impl TuningArgs {
             },
             levels: LevelOptions {
                 importance: self.importance.or(recipe.importance),
-                compensation: self.compensation.or(recipe.compensation),
-                skips: self.skip_compensation.or(recipe.skips),
+                compensation: self.compensation.or(recipe.compensation).or(elastic.then_some(Compensation::Bias)),
+                skips: self.skip_compensation.or(recipe.skips).or(elastic.then_some(SkipCompensation::None)),
             },
             calibration: CalibrationOptions {
                 sequences: self.sequences.unwrap_or(ccds.sequences),
