@@ -19,7 +19,7 @@
 mod log;
 mod outcome;
 
-use crate::budget::{Budget, LatencyTable, Resource};
+use crate::budget::{Budget, Drafting, LatencyTable, Resource};
 use crate::calibration::{Calibration, CalibrationOptions, CalibrationStep, Corpus};
 use crate::checkpoint::{Contents, Format};
 use crate::compensate::SkipCompensation;
@@ -28,13 +28,13 @@ use crate::eval::{self, Perplexity};
 use crate::evaluate::{Evaluator, Sample, Savings, Work};
 use crate::latency;
 use crate::levels::{LevelKey, LevelOptions, Levels, tokens_sha256};
-use crate::objective::Objective;
+use crate::objective::{Aggregate, FitnessKind, Objective};
 use crate::per_cluster;
-use crate::search::{self, Found, Progress, SearchOptions};
+use crate::search::{self, Found, Progress, SearchOptions, Strategy};
 use crate::space::{SearchSpace, SpaceOptions};
 use crate::supernet::Supernet;
 use crate::{Error, Result, report, storage};
-use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Pattern};
+use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Pattern, WeightType};
 use log::{Log, Phase};
 use outcome::peak_resident;
 use serde::{Deserialize, Serialize};
@@ -72,6 +72,24 @@ pub struct PruneOptions {
     pub eval_window: usize,
     /// The kind of checkpoint that is written.
     pub format: Format,
+}
+
+impl PruneOptions {
+    fn check(&self) -> Result<()> {
+        self.objective.check()?;
+        if self.objective.kind == FitnessKind::Draft
+            && (self.search.strategy != Strategy::Pareto || self.per_cluster || self.objective.aggregate != Aggregate::Mean)
+        {
+            let message = "finds by itself what a draft may cost: expected no --strategy, --per-cluster or --aggregate beside it";
+            return Err(Error::option("--fitness draft", message.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Whether the time of sub-blocks has to be known.
+    fn needs_latency(&self) -> bool {
+        self.objective.kind == FitnessKind::Draft || self.space.budgets.iter().any(|b| b.resource == Resource::Latency)
+    }
 }
 
 /// A run's inputs, as `run.json` keeps them.
@@ -176,8 +194,8 @@ pub struct Inputs<'a> {
 /// [`Error::RunDirectory`] when there is a run or a checkpoint already; [`Error::Option`] for options that no run could be made of.
 pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
     run.options.search.check()?;
-    run.options.objective.check()?;
-    if run.options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
+    run.options.check()?;
+    if !run.options.needs_latency() {
         SearchSpace::new(config, &run.options.space, None)?;
     }
     for file in [PROVENANCE, RUN, "config.json"] {
@@ -268,7 +286,8 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let work = evaluator.work();
     let mut certificate = None;
     // (an enumeration says nothing of a model whose weights the search changed too)
-    if found.adjustment.is_none() && search::count_patterns(&space, options.certify_up_to).is_some() {
+    let drafts = options.objective.kind == FitnessKind::Draft;
+    if found.adjustment.is_none() && !drafts && search::count_patterns(&space, options.certify_up_to).is_some() {
         phase.set(Phase::Certificate);
         let (c, best) = search::certify(&mut evaluator, &space, &found, &mut |p| on_step(Step::Certificate(p)))?;
         (certificate, found) = (Some(c), best);
@@ -280,7 +299,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     seconds.search = earlier_seconds + lap();
 
     let adjusted = found.adjustment.as_ref().map(|a| search::adjust(supernet.decoder(), a)).transpose()?.map(|decoder| Supernet::raw(&decoder));
-    let held_out = pick(&supernet, adjusted.as_ref(), &calibration, options, &mut found)?;
+    let (held_out, drafting) = pick(&supernet, adjusted.as_ref(), &calibration, options, &space, &mut found)?;
     let pattern = &found.pattern;
     let (clusters, clusters_work) = if options.per_cluster {
         let begun = Instant::now();
@@ -353,6 +372,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
         clusters_work,
         dense_loss,
         held_out,
+        drafting,
         written,
         dense,
         pruned,
@@ -373,7 +393,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
 
 /// The latency table of the run, where a budget asks for one: read back, or measured and written.
 fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on_step: &mut dyn FnMut(Step) -> Result<()>) -> Result<Option<LatencyTable>> {
-    if options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
+    if !options.needs_latency() {
         return Ok(None);
     }
     let path = directory.join(LATENCY);
@@ -382,7 +402,11 @@ fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, 
     }
     let without_latency = SpaceOptions { budgets: vec![Budget { resource: Resource::Params, keep: 0.5 }], ..options.space.clone() };
     let widths = SearchSpace::new(inputs.checkpoint.config(), &without_latency, None)?.widths();
-    let table = latency::measure(inputs.decoder, &widths, &mut |done, all| on_step(Step::Latency { done, all }))?;
+    let drafts = options.objective.kind == FitnessKind::Draft;
+    let device = inputs.decoder.device();
+    // times are those of what is served: on the CPU that is 8 bits unless one asks for something else
+    let served = if device.is_cpu() { Some(inputs.checkpoint.decoder(device, WeightType::Q8_0)?) } else { None };
+    let table = latency::measure(served.as_ref().unwrap_or(inputs.decoder), &widths, drafts, &mut |done, all| on_step(Step::Latency { done, all }))?;
     storage::write_json(&path, &table)?;
     Ok(Some(table))
 }
@@ -419,8 +443,15 @@ fn supernet(
     Supernet::new(inputs.decoder, levels)
 }
 
-/// Takes the pattern of least loss on held-out sequences among the search's best; `adjusted` is the model whose weights a strategy changed.
-fn pick(supernet: &Supernet, adjusted: Option<&Supernet>, calibration: &Calibration, options: &PruneOptions, found: &mut Found) -> Result<HeldOut> {
+/// Takes the pattern of least loss on held-out sequences (of drafts, the fastest) among the search's best; `adjusted` is the model whose weights a strategy changed.
+fn pick(
+    supernet: &Supernet,
+    adjusted: Option<&Supernet>,
+    calibration: &Calibration,
+    options: &PruneOptions,
+    space: &SearchSpace,
+    found: &mut Found,
+) -> Result<(HeldOut, Option<Drafting>)> {
     let mut evaluator = Evaluator::new(
         supernet,
         &calibration.held_out_samples(),
@@ -435,12 +466,15 @@ fn pick(supernet: &Supernet, adjusted: Option<&Supernet>, calibration: &Calibrat
         Some(other) => evaluator.over(other, |e| e.evaluate(&patterns))?,
         None => evaluator.evaluate(&patterns)?,
     };
-    let losses: Vec<f64> = fitness.iter().map(|f| f.loss).collect();
+    let drafts = options.objective.kind == FitnessKind::Draft;
+    let drafting: Vec<Option<Drafting>> = patterns.iter().zip(&fitness).map(|(p, f)| if drafts { space.drafting(p, f.loss) } else { None }).collect();
+    let losses: Vec<f64> = fitness.iter().zip(&drafting).map(|(f, drafting)| drafting.map_or(f.loss, |d| d.time)).collect();
     let chosen = (0..losses.len()).reduce(|best, other| if losses[other] < losses[best] { other } else { best }).unwrap_or(0);
     if let Some((pattern, fitness)) = found.elite.get(chosen) {
         (found.pattern, found.fitness) = (pattern.clone(), fitness.clone());
     }
-    Ok(HeldOut { candidates: losses.len(), chosen, loss: losses.get(chosen).copied().unwrap_or(f64::NAN), search_loss: found.fitness.loss })
+    let held_out = HeldOut { candidates: losses.len(), chosen, loss: losses.get(chosen).copied().unwrap_or(f64::NAN), search_loss: found.fitness.loss };
+    Ok((held_out, drafting.get(chosen).copied().flatten()))
 }
 
 /// The calibration set of the run: read back, or sampled and written.
