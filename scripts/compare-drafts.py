@@ -59,9 +59,10 @@ def main():
     options = [o for o in serve if o != "--"] + (["--model", args.model] if args.model else [])
     prompts = [line.strip() for line in open(args.prompts, encoding="utf-8") if line.strip()]
     print("| drafts by | at most | right, of those drafted | drafted for a token | speed-up |\n| --- | --- | --- | --- | --- |")
-    alone = Server(args.evop, options)
     for form in args.forms:
         name = form.split("=", 1)[0]
+        # (with the form too: it says in which order the weights are loaded, which rounds sums otherwise)
+        alone = Server(args.evop, [*options, "--pattern", form])
         for most in args.most.split(","):
             drafting = Server(args.evop, [*options, "--pattern", form, "--speculate", name, "--speculate-tokens", most])
             ratios = []
@@ -74,7 +75,7 @@ def main():
             drafted, right = (drafting.metric(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ["draft", "accepted"])
             print(f"| `@{name}` | {most} | {right / max(drafted, 1):.0%} | {drafted / TOKENS / args.requests:.2f} | {statistics.median(ratios):.2f}x |", flush=True)
             drafting.stop()
-    alone.stop()
+        alone.stop()
 
 
 main()

@@ -68,6 +68,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     // a job's model has patterns of its own parent only
     let asked = if identity.id == BASE { Asked::read(config, checkpoint.config())? } else { Asked::default() };
     let decoder = load_decoder(checkpoint, &device, weights, &asked.widths)?;
+    let ordered = !asked.widths.is_empty();
     let model = decoder.config().clone();
     let mut engine_config = engine_config(&decoder, config)?;
     let Forms { model: elastic, forms, speculation } = asked.over(decoder)?;
@@ -105,6 +106,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         forms,
         chat,
         engine,
+        ordered,
         kv_element_bytes,
     })
 }

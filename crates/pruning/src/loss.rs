@@ -123,12 +123,16 @@ impl Reference {
         (kept + term(self.rest[position], rest(q.iter().copied()))) as f32
     }
 
-    /// The total variation between the dense distribution and q at a position: the probability that a guess drawn from q isn't taken.
+    /// How likely a guess at a position isn't taken: half of it of one drawn from q, which is the total variation between the dense distribution and q;
+    /// half of it of q's most likely token, which is taken if it is the dense model's too.
     fn refused(&self, position: usize, q: &[f32]) -> f32 {
-        let range = position * self.top..(position + 1) * self.top;
+        let p = &self.log_probabilities[position * self.top..(position + 1) * self.top];
         let common = |p: f32, q: f32| f64::from(p.min(q)).exp();
-        let kept: f64 = self.log_probabilities[range].iter().zip(q).map(|(p, q)| common(*p, *q)).sum();
-        (1.0 - kept - common(self.rest[position], rest(q.iter().copied()))).max(0.0) as f32
+        let kept: f64 = p.iter().zip(q).map(|(p, q)| common(*p, *q)).sum();
+        let drawn = (1.0 - kept - common(self.rest[position], rest(q.iter().copied()))).max(0.0);
+        let most = |of: &[f32]| (0..of.len()).max_by(|a, b| of[*a].total_cmp(&of[*b]));
+        let greedy = f64::from(u8::from(most(p) != most(q)));
+        (0.5 * drawn + 0.5 * greedy) as f32
     }
 
     /// Bytes held.
@@ -181,8 +185,11 @@ mod tests {
         assert!(dense.divergence(0, &of(&p)).abs() < 1e-5);
         assert!(dense.refused(0, &of(&p)) < 1e-5);
         let elsewhere: f64 = p.iter().zip(&q).map(|(p, q)| (f64::from(*p).exp() - f64::from(*q).exp()).abs() / 2.0).sum();
-        let refused = f64::from(dense.refused(0, &of(&q)));
-        assert!(refused > 0.01 && refused <= elsewhere + 1e-6, "{refused} of {elsewhere}");
+        let refused = |q: &[f32]| f64::from(dense.refused(0, &of(q)));
+        assert!(refused(&q) > 0.01 && refused(&q) <= 0.5 * elsewhere + 1e-6, "the same token is the most likely one");
+        let mut other = q.clone();
+        other[ids[1] as usize] = other[ids[0] as usize] + 0.1;
+        assert!(refused(&other) > 0.5 && refused(&other) < 1.0, "another one is");
         let full: f64 = p.iter().zip(&q).map(|(p, q)| f64::from(*p).exp() * f64::from(p - q)).sum();
         let topped = f64::from(dense.divergence(0, &of(&q)));
         assert!(topped > 0.01 && topped <= full + 1e-6, "{topped} of {full}");

@@ -13,8 +13,8 @@ pub enum FitnessKind {
     Nll,
     /// KL(dense || pruned) of the next-token distribution.
     Kl,
-    /// How often a token that the pruned model guesses is refused by the dense one: the total variation between their next-token distributions
-    /// (Leviathan et al. 2023, arXiv 2211.17192, section 3.3). A search weighs it against time ([`crate::budget::LatencyTable::drafting`]).
+    /// How often a token that the pruned model guesses is refused by the dense one: half of the time at temperature 1, where that is the total variation
+    /// between their next-token distributions (Leviathan et al. 2023, arXiv 2211.17192, section 3.3), half of it at 0. A search weighs it against time ([`crate::budget::LatencyTable::drafting`]).
     Draft,
 }
 

@@ -6,7 +6,7 @@ use crate::model_runner::ModelRunner;
 use crate::output::FinishReason;
 use crate::scheduler::{Limits, Scheduler, Withdrawn};
 use crate::sequence::Sequence;
-use crate::speculation::{Drafting, Speculation};
+use crate::speculation::{Drafting, Judged, Speculation};
 use crate::stats::Shared;
 use evop_model::{BLOCK_TOKENS, DType, Decoder, Elastic, KvPool, Positions};
 use std::any::Any;
@@ -221,9 +221,9 @@ impl Engine {
         if drafts.is_none_or(|(_, drafts)| drafts == 0) {
             self.scheduler.pace.observe(step.decoding, step.prompt_tokens, elapsed);
         }
-        let made = self.emit();
+        let judged = self.emit();
         if let (Some(drafting), Some((sequences, drafts))) = (&mut self.drafting, drafts) {
-            drafting.observe(sequences, drafts, made, elapsed);
+            drafting.observe(sequences, drafts, judged, elapsed);
         }
     }
 
@@ -256,9 +256,9 @@ impl Engine {
         }
     }
 
-    /// Sends what the step made. Returns the number of its tokens that could have been guessed.
-    fn emit(&mut self) -> usize {
-        let mut made = 0;
+    /// Sends what the step made. Returns what became of its drafts.
+    fn emit(&mut self) -> Judged {
+        let mut judged = Judged::default();
         self.shared.steps.fetch_add(1, Relaxed);
         let Scheduler { running, blocks, .. } = &mut self.scheduler;
         for sequence in running.iter_mut().filter(|s| s.scheduled > 0 && s.finished.is_none()) {
@@ -267,14 +267,16 @@ impl Engine {
             self.shared.prompt_tokens.fetch_add(advanced.prompt_tokens as u64, Relaxed);
             self.shared.generation_tokens.fetch_add(advanced.generated_tokens as u64, Relaxed);
             if advanced.drafts > 0 {
+                let right = advanced.generated_tokens.saturating_sub(1);
                 self.shared.drafts.fetch_add(1, Relaxed);
                 self.shared.draft_tokens.fetch_add(advanced.drafts as u64, Relaxed);
-                self.shared.accepted_tokens.fetch_add(advanced.generated_tokens.saturating_sub(1) as u64, Relaxed);
+                self.shared.accepted_tokens.fetch_add(right as u64, Relaxed);
+                judged.right += right;
+                judged.looked_at += advanced.drafts.min(right + 1);
             }
-            made += if sequence.takes_drafts() { advanced.generated_tokens } else { 0 };
         }
         self.finish();
-        made
+        judged
     }
 
     /// Takes the finished sequences out; by the time that a client reads of the end, the memory counts as free.

@@ -1,20 +1,25 @@
 //! How many tokens to draft. A thinner form of the model guesses what comes next, the whole model checks all guesses in one pass (Leviathan et al. 2023,
 //! arXiv 2211.17192): what comes out is what it would have made alone, so the only question is what is fastest.
 //!
-//! That depends on the machine, the batch and the text, so it is measured: of every number of drafts the tokens a second that it has brought lately, for
-//! each size of batch. The best is used; now and then a neighbour of it is tried, so that a change is noticed.
+//! That depends on the machine, the batch and the text, so it is measured: how often a guess is right lately, whatever the number of guesses was; and
+//! what a step takes with each number of guesses, for each size of batch. Together they say how many tokens a second each number would bring (equation 1
+//! there). The best is used; now and then a neighbour of it is tried, so that a change is noticed.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// Steps in which every number of drafts is tried before one is preferred.
-const TRIALS: u32 = 3;
-/// One step in so many tries a neighbour of the best.
-const TRY_EVERY: u64 = 64;
-/// What a new measurement counts against the ones before it.
-const NEWEST: f64 = 0.1;
+/// A number of guesses is kept for so many steps, …
+const BURST: u32 = 8;
+/// … for fewer when it is tried out. The first one isn't timed: a step takes longer after one of another kind.
+const TRIAL: u32 = 4;
+/// One burst in so many tries something else than the best: every other time to do without.
+const TRY_EVERY: u64 = 16;
+/// Latest times of which the median counts.
+const LATEST: usize = 8;
+/// Guesses after which one is as good as forgotten.
+const REMEMBERED: f64 = 256.0;
 /// Drafting has to be so much faster than going without, or it isn't worth the noise of measuring.
-const WORTH: f64 = 1.02;
+const WORTH: f64 = 1.05;
 
 /// Who drafts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,50 +34,125 @@ pub struct Speculation {
 #[derive(Debug)]
 pub(crate) struct Drafting {
     most: usize,
-    /// By sequences in the batch, to the next power of two: of every number of drafts.
-    rates: HashMap<usize, Vec<Rate>>,
-    steps: u64,
+    /// Guesses that were right, of those that were looked at (the ones after a wrong guess aren't), both fading.
+    right: f64,
+    judged: f64,
+    /// By sequences in the batch, to the next power of two.
+    batches: HashMap<usize, OfBatch>,
 }
 
+/// What is known of batches of one size.
+#[derive(Debug)]
+struct OfBatch {
+    /// Of every number of drafts.
+    times: Vec<StepTime>,
+    /// The number that is kept for so many steps more.
+    burst: (usize, u32),
+    /// The last step was of another kind.
+    changed: bool,
+    bursts: u64,
+}
+
+/// The latest times of a step, in seconds.
 #[derive(Debug, Clone, Copy, Default)]
-struct Rate {
-    tokens_a_second: f64,
+struct StepTime {
+    latest: [f64; LATEST],
     seen: u32,
 }
 
+impl StepTime {
+    fn add(&mut self, seconds: f64) {
+        self.latest[self.seen as usize % LATEST] = seconds;
+        self.seen = self.seen.wrapping_add(1).max(1);
+    }
+
+    /// `None` before the first one.
+    fn median(&self) -> Option<f64> {
+        let mut known = self.latest;
+        let known = &mut known[..LATEST.min(self.seen as usize)];
+        known.sort_by(f64::total_cmp);
+        known.get(known.len().saturating_sub(1) / 2).copied()
+    }
+}
+
+/// What came of the drafts of one step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Judged {
+    /// Guesses that were right.
+    pub right: usize,
+    /// Those, and of each sequence the first wrong one.
+    pub looked_at: usize,
+}
+
 impl Drafting {
+    /// Half of the first few guesses are taken for right.
     pub fn new(most: usize) -> Self {
-        Self { most, rates: HashMap::new(), steps: 0 }
+        Self { most, right: 1.0, judged: 2.0, batches: HashMap::new() }
     }
 
     /// Drafts a sequence for a step of so many sequences that all decode.
     pub fn choose(&mut self, sequences: usize) -> usize {
-        self.steps += 1;
-        let rates = self.rates.entry(sequences.next_power_of_two()).or_insert_with(|| vec![Rate::default(); self.most + 1]);
-        if let Some(untried) = rates.iter().position(|rate| rate.seen < TRIALS) {
-            return untried;
+        let agreement = self.right / self.judged;
+        let fresh = || OfBatch { times: vec![StepTime::default(); self.most + 1], burst: (0, 0), changed: true, bursts: 0 };
+        let of = self.batches.entry(sequences.next_power_of_two()).or_insert_with(fresh);
+        if of.burst.1 == 0 {
+            let next = of.next(agreement);
+            of.changed = next.0 != of.burst.0 || of.bursts == 0;
+            of.burst = next;
         }
-        let by_rate = |a: &usize, b: &usize| rates[*a].tokens_a_second.total_cmp(&rates[*b].tokens_a_second);
-        let fastest = (1..rates.len()).max_by(by_rate).filter(|k| rates[*k].tokens_a_second > WORTH * rates[0].tokens_a_second);
-        let best = fastest.unwrap_or(0);
-        if !self.steps.is_multiple_of(TRY_EVERY) {
-            return best;
-        }
-        // in turns: one fewer, one more, none
-        match self.steps / TRY_EVERY % 3 {
-            0 => best.saturating_sub(1),
-            1 => (best + 1).min(self.most),
-            _ => 0,
-        }
+        of.burst.1 -= 1;
+        of.burst.0
     }
 
-    /// What came of it.
-    pub fn observe(&mut self, sequences: usize, drafts: usize, tokens: usize, elapsed: Duration) {
-        let Some(rate) = self.rates.get_mut(&sequences.next_power_of_two()).and_then(|rates| rates.get_mut(drafts)) else { return };
-        let now = tokens as f64 / sequences as f64 / elapsed.as_secs_f64().max(1e-9);
-        rate.tokens_a_second = if rate.seen == 0 { now } else { (1.0 - NEWEST) * rate.tokens_a_second + NEWEST * now };
-        rate.seen = rate.seen.saturating_add(1);
+    /// What came of it, and how long the step took.
+    pub fn observe(&mut self, sequences: usize, drafts: usize, judged: Judged, elapsed: Duration) {
+        let fade = (1.0 - 1.0 / REMEMBERED).powi(i32::try_from(judged.looked_at).unwrap_or(i32::MAX));
+        self.right = self.right * fade + judged.right as f64;
+        self.judged = self.judged * fade + judged.looked_at as f64;
+        let Some(of) = self.batches.get_mut(&sequences.next_power_of_two()) else { return };
+        if !std::mem::take(&mut of.changed)
+            && let Some(time) = of.times.get_mut(drafts)
+        {
+            time.add(elapsed.as_secs_f64().max(1e-9));
+        }
     }
+}
+
+impl OfBatch {
+    /// The next number of drafts, and the steps that it is kept for.
+    fn next(&mut self, agreement: f64) -> (usize, u32) {
+        let most = self.times.len() - 1;
+        if let Some(untried) = [0, 1, most].into_iter().find(|k| self.times[*k].seen == 0) {
+            return (untried, if untried == 0 { BURST } else { TRIAL });
+        }
+        self.bursts += 1;
+        let (mut expected, mut guessed) = (1.0, 1.0);
+        let mut best = (0, WORTH / seconds(&self.times, 0));
+        for k in 1..=most {
+            guessed *= agreement;
+            expected += guessed;
+            let rate = expected / seconds(&self.times, k);
+            if rate > best.1 {
+                best = (k, rate);
+            }
+        }
+        if !self.bursts.is_multiple_of(TRY_EVERY) {
+            return (best.0, BURST);
+        }
+        let other = match self.bursts / TRY_EVERY % 4 {
+            0 => best.0.saturating_sub(1),
+            2 => (best.0 + 1).min(most),
+            _ => 0,
+        };
+        (other, TRIAL)
+    }
+}
+
+/// Seconds of a step with `k` drafts; of a number that wasn't tried yet, on the line between its neighbours that were.
+fn seconds(times: &[StepTime], k: usize) -> f64 {
+    let at = |k: usize| times[k].median().map(|seconds| (k, seconds));
+    let (Some((below, least)), Some((above, most))) = ((0..=k).rev().find_map(at), (k..times.len()).find_map(at)) else { return f64::INFINITY };
+    if below == above { least } else { least + (k - below) as f64 / (above - below) as f64 * (most - least) }
 }
 
 #[cfg(test)]
@@ -89,10 +169,10 @@ mod tests {
         let (mut tokens, mut time) = (0, 0.0);
         for _ in 0..steps {
             let drafts = drafting.choose(1);
-            let made = 1 + (0..drafts).take_while(|_| rng.random_bool(agreement)).count();
+            let right = (0..drafts).take_while(|_| rng.random_bool(agreement)).count();
             let elapsed = (1.0 + drafts as f64 * (cost + check)) * rng.random_range(0.9..1.1);
-            drafting.observe(1, drafts, made, Duration::from_secs_f64(elapsed));
-            (tokens, time) = (tokens + made, time + elapsed);
+            drafting.observe(1, drafts, Judged { right, looked_at: drafts.min(right + 1) }, Duration::from_secs_f64(elapsed));
+            (tokens, time) = (tokens + 1 + right, time + elapsed);
         }
         tokens as f64 / time
     }
@@ -107,18 +187,38 @@ mod tests {
     fn a_bad_or_dear_draft_costs_next_to_nothing() {
         for (agreement, cost, check) in [(0.3, 0.5, 0.2), (0.8, 1.0, 0.5), (0.0, 0.1, 0.0)] {
             let found = speed_up(agreement, cost, check, 5_000);
-            assert!(found > 0.97, "{found} at {agreement}, {cost}, {check}");
+            assert!(found > 0.98, "{found} at {agreement}, {cost}, {check}");
+            // (what trying costs an answer of 100 tokens, the first one)
+            let first = speed_up(agreement, cost, check, 100);
+            assert!(first > 0.8, "{first} at {agreement}, {cost}, {check}");
         }
     }
 
     #[test]
-    fn batches_of_another_size_are_measured_anew() {
-        let mut drafting = Drafting::new(2);
-        for drafts in [0, 0, 0, 1, 1, 1, 2, 2, 2] {
+    fn batches_of_another_size_are_timed_anew_and_the_first_step_of_a_kind_is_not_timed() {
+        let mut drafting = Drafting::new(3);
+        let mut before = 0;
+        for drafts in [[0; 8].as_slice(), &[1; 4], &[3; 4]].concat() {
             assert_eq!(drafting.choose(1), drafts);
-            drafting.observe(1, drafts, 1 + drafts, Duration::from_millis(10));
+            let slow = if drafts == before { 10 } else { 1_000 };
+            drafting.observe(1, drafts, Judged { right: drafts, looked_at: drafts }, Duration::from_millis(slow));
+            before = drafts;
         }
-        assert_eq!(drafting.choose(1), 2);
+        assert_eq!(seconds(&drafting.batches[&1].times, 3), 0.01);
+        assert_eq!(drafting.choose(1), 3);
         assert_eq!(drafting.choose(5), 0);
+    }
+
+    #[test]
+    fn a_number_of_drafts_that_was_not_tried_lies_between_others() {
+        let at = |seconds: f64| {
+            let mut time = StepTime::default();
+            // the median: neither the slowest nor the fastest
+            [9.0 * seconds, seconds, 0.5 * seconds].into_iter().filter(|s| *s > 0.0).for_each(|s| time.add(s));
+            time
+        };
+        let times = [at(1.0), at(2.0), at(0.0), at(0.0), at(3.5)];
+        assert_eq!([1, 2, 3, 4].map(|k| seconds(&times, k)), [2.0, 2.5, 3.0, 3.5]);
+        assert_eq!(seconds(&times[..3], 2), f64::INFINITY);
     }
 }

@@ -103,17 +103,18 @@ fn drafts_change_nothing_but_the_number_of_passes() {
 #[test]
 fn the_end_of_sequence_and_stop_tokens_end_among_drafts_too() {
     let plain = Engine::start(DECODER.clone(), vec![0], defaults()).unwrap();
-    let drafted = start(EngineConfig { speculation: Some(Speculation { member: 1, most: 6 }), ..defaults() });
-    let full = collect(plain.submit(request(prompt(TEXTS[0]), SamplingParams { max_tokens: 40, temperature: 0.0, ..SamplingParams::default() })).unwrap(), 1)
-        .remove(0);
-    for stop in [full.tokens[9], full.tokens[17], full.tokens[30]] {
-        let params = SamplingParams { max_tokens: 40, temperature: 0.0, stop_token_ids: vec![stop], ..SamplingParams::default() };
-        // (several, so that every number of drafts is tried)
-        for _ in 0..4 {
-            let ask = |engine: &EngineHandle| collect(engine.submit(request(prompt(TEXTS[0]), params.clone())).unwrap(), 1).remove(0);
-            let (found, expected) = (ask(&drafted), ask(&plain));
-            assert_eq!((&found.tokens, found.end.as_ref().map(|e| &e.0)), (&expected.tokens, expected.end.as_ref().map(|e| &e.0)));
-        }
+    let ask = |engine: &EngineHandle, stop_token_ids: Vec<u32>| {
+        let params = SamplingParams { max_tokens: 44, temperature: 0.0, stop_token_ids, ..SamplingParams::default() };
+        collect(engine.submit(request(prompt(TEXTS[0]), params)).unwrap(), 1).remove(0)
+    };
+    // a form that leaves nothing out is always right: the first steps, which try numbers of drafts out, end at these places and between them
+    let same = Elastic::new(DECODER.clone(), &[Pattern::dense(DECODER.config())], &Widths::default()).unwrap();
+    let config = EngineConfig { speculation: Some(Speculation { member: 1, most: 6 }), ..defaults() };
+    for place in 2..40 {
+        let stop = vec![ask(&plain, Vec::new()).tokens[place]];
+        let drafted = Engine::start(same.clone(), vec![0], config).unwrap();
+        let (found, expected) = (ask(&drafted, stop.clone()), ask(&plain, stop));
+        assert_eq!((&found.tokens, found.end.as_ref().map(|e| &e.0)), (&expected.tokens, expected.end.as_ref().map(|e| &e.0)));
+        assert!(found.tokens.len() < 12 || drafted.stats().accepted_tokens > 0, "{} tokens", found.tokens.len());
     }
-    assert!(drafted.stats().accepted_tokens > 0);
 }
