@@ -68,7 +68,8 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     let decoder = load_decoder(checkpoint, &device, weights)?;
     let model = decoder.config().clone();
     let mut engine_config = engine_config(&decoder, config)?;
-    let Forms { model: elastic, forms, speculation } = if identity.id == BASE { Forms::of(decoder, config)? } else { Forms::none(decoder) };
+    let of_base = |decoder| Forms::of(decoder, checkpoint.tokenizer(), config);
+    let Forms { model: elastic, forms, auto, speculation } = if identity.id == BASE { of_base(decoder)? } else { Forms::none(decoder) };
     engine_config.speculation = speculation;
     let mut eos_token_ids = model.eos_token_ids.clone();
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
@@ -101,6 +102,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         grammars: OnceLock::new(),
         config: model,
         forms,
+        auto: auto.map(Arc::new),
         chat,
         engine,
         kv_element_bytes,

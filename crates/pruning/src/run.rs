@@ -97,14 +97,14 @@ pub struct Run {
 }
 
 const RUN: &str = "run.json";
-const CALIBRATION: &str = "calibration.json";
+pub(crate) const CALIBRATION: &str = "calibration.json";
 const LOG: &str = "search.jsonl";
 const LATENCY: &str = "latency.json";
 const LEVELS: &str = "levels";
 const PATTERN: &str = "pattern.json";
 const FRONT: &str = "front";
-const CLUSTERS: &str = "clusters.json";
-const CLUSTER_VECTORS: &str = "clusters.safetensors";
+pub(crate) const CLUSTERS: &str = "clusters.json";
+pub(crate) const CLUSTER_VECTORS: &str = "clusters.safetensors";
 /// The file that makes a run directory a checkpoint.
 pub const PROVENANCE: &str = "evop.json";
 
@@ -445,7 +445,7 @@ fn calibration(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on
     let tokenizer = inputs.checkpoint.tokenizer();
     let embedder: Box<dyn Embedder + '_> = match &options.embedder {
         Some(directory) => Box::new(SentenceTransformer::open(directory, inputs.decoder.device())?),
-        None => Box::new(HiddenStates { decoder: inputs.decoder, tokenizer, max_tokens: 128 }),
+        None => Box::new(HiddenStates::new(inputs.decoder, tokenizer)),
     };
     let mut stopped = Ok(());
     let calibration = Calibration::sample(inputs.corpora, tokenizer, embedder.as_ref(), &options.calibration, |step| {
