@@ -107,10 +107,10 @@ impl Chunks {
                 chunks.patterns.push(pattern);
             }
         }
-        match chunks.patterns.is_empty() {
-            true => Err(format!("none of the {count} chunks is of a cluster that {CLUSTERS} has a pattern of")),
-            false => Ok(chunks),
+        if chunks.patterns.is_empty() {
+            return Err(format!("none of the {count} chunks is of a cluster that {CLUSTERS} has a pattern of"));
         }
+        Ok(chunks)
     }
 
     fn vote(&self, vector: &[f64]) -> usize {

@@ -14,9 +14,9 @@ const NUMBERS: &str = "x17 = f(12, 40) + 39848; y[2] = 0.8818. x4 = f(190, 2) + 
 fn numbers() -> String {
     (0..500u32).fold(String::new(), |mut text, i| {
         let next = |factor: u32, below: u32| i.wrapping_mul(factor).wrapping_add(factor) % below;
-        let _ = write!(
+        let _ = writeln!(
             text,
-            "x{} = f({}, {}) + {}; y[{}] = 0.{}.\n",
+            "x{} = f({}, {}) + {}; y[{}] = 0.{}.",
             next(37, 99),
             next(613, 997),
             next(91, 787),
@@ -37,20 +37,21 @@ fn books() -> String {
 
 /// The directory of a run with a cluster of prose and one of numbers; made once, since it takes some seconds.
 fn run() -> &'static Path {
-    static RUN: OnceLock<tempfile::TempDir> = OnceLock::new();
-    let made = RUN.get_or_init(|| {
-        let directory = tempfile::tempdir().unwrap();
-        let text = directory.path().join("two.txt");
+    static RUN: OnceLock<PathBuf> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("auto");
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::create_dir_all(&directory).unwrap();
+        let (text, out) = (directory.join("two.txt"), directory.join("run"));
         std::fs::write(&text, format!("{}\n\n{}", books(), numbers())).unwrap();
         let options = "--per-cluster --space block --compensation none --skip-compensation none --sparsity 0.25 --generations 2 --sequences 4 --sequence-length 64 \
                        --clusters 2 --sentences-per-chunk 4 --statistics-tokens 0 --held-out-tokens 256 --certify-up-to 0 --eval-window 64 --key-tokens 0";
         let mut prune = command();
         prune.arg("prune").args(options.split_whitespace()).arg("--calibration").arg(&text).arg("--eval-text").arg(&text);
-        let output = prune.arg("--out").arg(directory.path().join("run")).output().unwrap();
+        let output = prune.arg("--out").arg(&out).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        directory
-    });
-    Box::leak(Box::new(made.path().join("run")))
+        out
+    })
 }
 
 /// What the server reads of the run, copied so that it can be changed.
