@@ -6,7 +6,7 @@ use crate::config::ServeConfig;
 use crate::metrics::Metrics;
 use crate::pressure::Pressure;
 use crate::rate_limit::RateLimits;
-use crate::served::{Asked, Served};
+use crate::served::{Served, Wanted};
 use crate::serving_slot::ServingSlot;
 use crate::shutdown::Shutdown;
 use std::sync::Arc;
@@ -56,7 +56,7 @@ impl App {
     }
 
     /// The form of the served model that a name asks for: `NAME`, `NAME@FORM` or `NAME@auto`. `None` if it isn't served.
-    pub fn asked(&self, served: &Served, name: &str) -> Option<Asked> {
+    pub fn asked(&self, served: &Served, name: &str) -> Option<Wanted> {
         if self.answers_to(served, name) {
             return served.asked(None);
         }

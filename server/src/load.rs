@@ -2,12 +2,12 @@
 
 use crate::admin::BASE;
 use crate::config::ServeConfig;
-use crate::forms::Forms;
+use crate::forms::{Asked, Forms};
 use crate::memory;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
 use evop_model::device::weight_type;
-use evop_model::{Checkpoint, DType, Decoder, Device, WeightType, held_in_words};
+use evop_model::{Checkpoint, DType, Decoder, Device, WeightType, Widths, held_in_words};
 use evop_serving::{ChatRenderer, Engine, EngineConfig, TokenText};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -65,11 +65,12 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     let start = Instant::now();
     let device = config.device.open()?;
     let weights = weight_type(&device, config.dtype.weights_to_serve(&device, checkpoint))?;
-    let decoder = load_decoder(checkpoint, &device, weights)?;
+    // a job's model has patterns of its own parent only
+    let asked = if identity.id == BASE { Asked::read(config, checkpoint.config())? } else { Asked::default() };
+    let decoder = load_decoder(checkpoint, &device, weights, &asked.widths)?;
     let model = decoder.config().clone();
     let mut engine_config = engine_config(&decoder, config)?;
-    let of_base = |decoder| Forms::of(decoder, checkpoint.tokenizer(), config);
-    let Forms { model: elastic, forms, auto, speculation } = if identity.id == BASE { of_base(decoder)? } else { Forms::none(decoder) };
+    let Forms { model: elastic, forms, auto, speculation } = asked.over(decoder)?;
     engine_config.speculation = speculation;
     let mut eos_token_ids = model.eos_token_ids.clone();
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
@@ -115,11 +116,12 @@ fn thinks(checkpoint: &Checkpoint, chat: &Result<ChatRenderer, String>) -> bool 
     chat.as_ref().is_ok_and(|template| template.mentions("<think>")) || (known("<think>") && known("</think>"))
 }
 
-fn load_decoder(checkpoint: &Checkpoint, device: &Device, weights: WeightType) -> Result<Decoder> {
+fn load_decoder(checkpoint: &Checkpoint, device: &Device, weights: WeightType, widths: &Widths) -> Result<Decoder> {
     if let Some(warning) = weights.warning(checkpoint.config(), checkpoint.source().as_ref())? {
         tracing::warn!("{warning}");
     }
-    checkpoint.decoder(device, weights).context("the weights can't be loaded")
+    let ordered = widths.ordered(checkpoint.source().as_ref(), checkpoint.config());
+    Decoder::load(checkpoint.config(), &ordered, device, weights).context("the weights can't be loaded")
 }
 
 /// The engine's own defaults, with what the server was told.

@@ -19,7 +19,7 @@ pub struct Form {
 
 /// Which form of a model a name asks for.
 #[derive(Debug, Clone)]
-pub enum Asked {
+pub enum Wanted {
     /// This one, as the engine numbers them.
     Member(usize),
     /// The one that this chooses for the prompt.
@@ -77,10 +77,10 @@ impl Served {
     }
 
     /// What stands for a form in a name, or, without a form, the whole model.
-    pub fn asked(&self, form: Option<&str>) -> Option<Asked> {
+    pub fn asked(&self, form: Option<&str>) -> Option<Wanted> {
         match (form, &self.auto) {
-            (Some(AUTO), Some(auto)) => Some(Asked::Auto(Arc::clone(auto))),
-            _ => self.member(form).map(Asked::Member),
+            (Some(AUTO), Some(auto)) => Some(Wanted::Auto(Arc::clone(auto))),
+            _ => self.member(form).map(Wanted::Member),
         }
     }
 

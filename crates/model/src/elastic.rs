@@ -5,6 +5,7 @@ use crate::cache::KvCache;
 use crate::decoder::Decoder;
 use crate::pattern::Pattern;
 use crate::sub_block::SubBlock;
+use crate::widths::Widths;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use std::ops::Range;
@@ -23,12 +24,12 @@ impl From<Decoder> for Elastic {
 }
 
 impl Elastic {
-    /// The decoder, and one more member a pattern: views, no copies.
+    /// The decoder, its units in the order of `widths`, and one more member a pattern: views, no copies.
     ///
     /// # Errors
     /// [`Error::Pattern`] when a pattern doesn't fit.
-    pub fn new(parent: Decoder, patterns: &[Pattern]) -> Result<Self> {
-        let mut members = patterns.iter().map(|pattern| parent.masked(pattern)).collect::<Result<Vec<_>>>()?;
+    pub fn new(parent: Decoder, patterns: &[Pattern], widths: &Widths) -> Result<Self> {
+        let mut members = patterns.iter().map(|pattern| widths.masked(&parent, pattern)).collect::<Result<Vec<_>>>()?;
         members.insert(0, parent);
         Ok(Self { members })
     }
@@ -116,12 +117,14 @@ mod tests {
     fn elastic() -> Elastic {
         let checkpoint = Checkpoint::open(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/tiny"))).unwrap();
         let parent = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
+        let mut widths = Widths::default();
+        widths.insert(1, 0..384, [(128, vec![0.1; parent.config().hidden_size])]);
         let pattern = |every: usize, ffn: usize| {
-            let gene = |l: usize| Gene { kv_groups: if l % every == 1 { 0 } else { 2 }, ffn: if l % every == 2 { 0 } else { ffn } };
+            let gene = |l: usize| Gene { kv_groups: if l % every == 1 { 0 } else { 2 - l % 2 }, ffn: if l % every == 2 { 0 } else { ffn } };
             Pattern::new((0..12).map(gene).collect(), parent.config()).unwrap()
         };
         let patterns = [pattern(4, 384), pattern(3, 128)];
-        Elastic::new(parent, &patterns).unwrap()
+        Elastic::new(parent, &patterns, &widths).unwrap()
     }
 
     #[test]

@@ -92,6 +92,11 @@ impl Linear {
         self.bias.as_ref()
     }
 
+    /// The same weight with this bias, [out].
+    pub(crate) fn with_bias(&self, bias: Tensor) -> Self {
+        Self { weight: self.weight.clone(), bias: Some(bias) }
+    }
+
     /// The first `out` rows, as a view.
     pub(crate) fn narrow_out(&self, out: usize) -> Result<Self> {
         let bias = self.bias.as_ref().map(|b| b.narrow(0, 0, out)).transpose()?;

@@ -98,6 +98,12 @@ impl SubBlock {
         Ok(Self { inner: self.inner.narrowed(width)?, output, norm: self.norm.clone() })
     }
 
+    /// The same sub-block, its output layer with this bias, [hidden], in the place of its own.
+    #[must_use]
+    pub(crate) fn with_bias(&self, bias: Tensor) -> Self {
+        Self { output: self.output.with_bias(bias), ..self.clone() }
+    }
+
     /// The first `width` groups or channels, as views.
     pub fn narrowed(&self, width: usize) -> Result<Self> {
         if width == self.width() {
@@ -189,7 +195,7 @@ impl Inner {
 }
 
 /// Units -> the rows that they stand for.
-fn expand(units: &[usize], per_unit: usize) -> Vec<u32> {
+pub(crate) fn expand(units: &[usize], per_unit: usize) -> Vec<u32> {
     units.iter().flat_map(|u| u * per_unit..(u + 1) * per_unit).map(|row| row as u32).collect()
 }
 

@@ -62,6 +62,42 @@ pub struct LatencyTable {
     pub description: String,
     /// Per sub-block: width -> milliseconds.
     pub milliseconds: Vec<BTreeMap<usize, f64>>,
+    /// Milliseconds of the whole model over one, two, … new tokens of a sequence, where a draft is searched for.
+    #[serde(default)]
+    pub passes: Vec<f64>,
+    /// Milliseconds of embedding, norm and head over one token, likewise.
+    #[serde(default)]
+    pub head: f64,
+}
+
+/// What a pattern does as a draft of the whole model.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Drafting {
+    /// Tokens to guess before each check.
+    pub tokens: usize,
+    /// The part of its guesses that the whole model takes.
+    pub agreement: f64,
+    /// Time of a token, relative to the whole model's alone (1); its inverse is the speed-up.
+    pub time: f64,
+}
+
+impl LatencyTable {
+    /// The best that drafting with a pattern can do when this part of its guesses is refused: of every number of guesses k the time of k draft steps and
+    /// a check, over the tokens that come of it, (1 - a^(k+1)) / (1 - a) (Leviathan et al. 2023, arXiv 2211.17192, equation 1). `None` in a table that
+    /// wasn't measured for drafts.
+    pub fn drafting(&self, pattern: &Pattern, refused: f64) -> Option<Drafting> {
+        let (alone, agreement) = (*self.passes.first()?, 1.0 - refused);
+        let at = |s: usize, width: usize| self.milliseconds[s].get(&width).copied().unwrap_or(0.0);
+        let whole: f64 = self.milliseconds.iter().filter_map(|of| of.last_key_value()).map(|(_, milliseconds)| milliseconds).sum();
+        let kept: f64 = (0..self.milliseconds.len()).map(|s| at(s, pattern.width(s))).sum();
+        // sub-blocks were measured by themselves, their weights at hand: of a pass they take what isn't the head's, each in proportion
+        let draft = self.head + (alone - self.head).max(0.0) * kept / whole.max(f64::MIN_POSITIVE);
+        let with = |tokens: usize| {
+            let expected: f64 = (0..=tokens).map(|i| agreement.powi(i as i32)).sum();
+            Drafting { tokens, agreement, time: (tokens as f64 * draft + self.passes[tokens]) / expected / alone }
+        };
+        (1..self.passes.len()).map(with).reduce(|best, other| if other.time < best.time { other } else { best })
+    }
 }
 
 /// Costs of the sub-blocks of one model, and the limits.
@@ -152,5 +188,31 @@ fn parameters(config: &Config, s: usize, width: usize) -> usize {
     } else {
         shape.ffn = width;
         narrowed.layer_parameters(s / 2).1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use evop_model::Gene;
+
+    #[test]
+    fn a_draft_is_worth_what_it_agrees_and_costs() {
+        let config = Config::from_json(
+            r#"{"model_type":"llama","vocab_size":8,"hidden_size":8,"intermediate_size":16,"num_hidden_layers":2,"num_attention_heads":2,"max_position_embeddings":16}"#,
+            std::path::Path::new("config.json"),
+        )
+        .unwrap();
+        let of_block = |s: usize| if s.is_multiple_of(2) { BTreeMap::from([(2, 1.0)]) } else { BTreeMap::from([(8, 0.5), (16, 1.0)]) };
+        let table = LatencyTable { description: String::new(), milliseconds: (0..4).map(of_block).collect(), passes: vec![9.0, 9.0, 9.9], head: 1.0 };
+        let pattern = Pattern::new(vec![Gene { kv_groups: 0, ffn: 8 }, Gene { kv_groups: 2, ffn: 8 }], &config).unwrap();
+        // half of the sub-blocks' 8 ms, and the head
+        let always = table.drafting(&pattern, 0.0).unwrap();
+        assert_eq!((always.tokens, always.agreement), (2, 1.0));
+        assert!((always.time - (2.0 * 5.0 + 9.9) / 3.0 / 9.0).abs() < 1e-12);
+        let half = table.drafting(&pattern, 0.5).unwrap();
+        assert_eq!(half.tokens, 1);
+        assert!((half.time - (5.0 + 9.0) / 1.5 / 9.0).abs() < 1e-12);
+        assert_eq!(LatencyTable { passes: Vec::new(), ..table }.drafting(&pattern, 0.5), None);
     }
 }

@@ -5,7 +5,7 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert::{BertModel, Config as BertConfig};
-use evop_model::{Decoder, NoCache, Span};
+use evop_model::{Config, Decoder, NoCache, Span};
 use std::path::Path;
 use tokenizers::Tokenizer;
 
@@ -47,6 +47,11 @@ impl<'a> HiddenStates<'a> {
         Self { decoder, tokenizer, max_tokens: FIRST_TOKENS }
     }
 
+    /// [`Embedder::name`] of what [`HiddenStates::new`] makes over a model of this configuration.
+    pub fn name_over(config: &Config) -> String {
+        name(config, FIRST_TOKENS)
+    }
+
     /// One vector a text, of the hidden size. Texts are tokens without special ones; a text without any lies at the origin.
     ///
     /// # Errors
@@ -82,13 +87,17 @@ impl<'a> HiddenStates<'a> {
 
 impl Embedder for HiddenStates<'_> {
     fn name(&self) -> String {
-        format!("hidden states after layer {}, mean of the first {} tokens", self.decoder.config().num_layers() / 2, self.max_tokens)
+        name(self.decoder.config(), self.max_tokens)
     }
 
     fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
         let tokens: Vec<Vec<u32>> = chunks.iter().map(|chunk| encode(self.tokenizer, chunk)).collect::<Result<_>>()?;
         self.vectors(&tokens, progress)
     }
+}
+
+fn name(config: &Config, max_tokens: usize) -> String {
+    format!("hidden states after layer {}, mean of the first {max_tokens} tokens", config.num_layers() / 2)
 }
 
 fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {

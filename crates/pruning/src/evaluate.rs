@@ -163,7 +163,7 @@ impl<'a> Evaluator<'a> {
             packs.push(Pack { tokens, batch, copies, scoring: Scoring::default(), segments: own });
         }
         let mut gains = Vec::new();
-        if objective.kind == FitnessKind::Kl || objective.key_tokens > 0.0 {
+        if objective.kind != FitnessKind::Nll || objective.key_tokens > 0.0 {
             for pack in &mut packs {
                 decoder.device().with_context(|| -> Result<()> {
                     let (tokens, spans) = (&pack.tokens, pack.batch.spans());
@@ -171,7 +171,8 @@ impl<'a> Evaluator<'a> {
                     if objective.key_tokens > 0.0 {
                         gains.push(key_tokens::find(decoder, &hidden, tokens, spans)?);
                     }
-                    if objective.kind == FitnessKind::Kl {
+                    if objective.kind != FitnessKind::Nll {
+                        pack.scoring.refusals = objective.kind == FitnessKind::Draft;
                         pack.scoring.reference = Some(Reference::new(decoder, &hidden, spans)?);
                     }
                     Ok(())

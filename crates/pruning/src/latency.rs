@@ -8,6 +8,8 @@ use std::time::Instant;
 
 /// Passes that are timed; the median counts.
 const PASSES: usize = 15;
+/// Guesses before a check of which the time is measured.
+const MOST_DRAFTS: usize = 8;
 
 /// What decides a sub-block's time: the attention's shape or that it is an MLP, and the width.
 type Shape = (Option<AttentionSpec>, usize);
@@ -17,7 +19,9 @@ type Shape = (Option<AttentionSpec>, usize);
 ///
 /// # Errors
 /// [`crate::Error::Model`] when the device fails; whatever `on` returns.
-pub(crate) fn measure(decoder: &Decoder, widths: &[Vec<usize>], on: &mut dyn FnMut(usize, usize) -> Result<()>) -> Result<LatencyTable> {
+///
+/// With `drafts` whole passes are measured too, over up to [`MOST_DRAFTS`] + 1 tokens.
+pub(crate) fn measure(decoder: &Decoder, widths: &[Vec<usize>], drafts: bool, on: &mut dyn FnMut(usize, usize) -> Result<()>) -> Result<LatencyTable> {
     let batch = decoder.batch(&[Span::prompt(1)])?;
     let hidden = decoder.embed(&[0], &batch)?;
     let mut passes: Vec<(Shape, Vec<f64>)> = Vec::new();
@@ -29,16 +33,7 @@ pub(crate) fn measure(decoder: &Decoder, widths: &[Vec<usize>], on: &mut dyn FnM
             // a view has rows as far apart as the whole matrix: a copy is what a checkpoint will have
             let order: Vec<usize> = (0..*width).collect();
             let narrow = if *width < block.width() { block.reordered(&order)? } else { block.clone() };
-            let mut times: Vec<f64> = (0..PASSES + 2)
-                .map(|_| {
-                    let started = Instant::now();
-                    let after = decoder.device().with_context(|| decoder.apply(&narrow, s, &hidden, &batch, &mut NoCache))?;
-                    synchronise(&after)?;
-                    Ok(started.elapsed().as_secs_f64() * 1e3)
-                })
-                .collect::<Result<_>>()?;
-            // the first passes warm caches up
-            times.drain(..2);
+            let mut times = times(decoder, || Ok(decoder.apply(&narrow, s, &hidden, &batch, &mut NoCache)?))?;
             let shape = shape(block, *width);
             match passes.iter_mut().find(|(known, _)| *known == shape) {
                 Some((_, all)) => all.append(&mut times),
@@ -46,23 +41,44 @@ pub(crate) fn measure(decoder: &Decoder, widths: &[Vec<usize>], on: &mut dyn FnM
             }
         }
     }
-    for (_, times) in &mut passes {
-        times.sort_by(f64::total_cmp);
-    }
-    let median = |shape: Shape| passes.iter().find(|(known, _)| *known == shape).map_or(0.0, |(_, times)| times[times.len() / 2]);
+    let medians: Vec<(Shape, f64)> = passes.into_iter().map(|(shape, times)| (shape, median(times))).collect();
+    let median_of = |shape: Shape| medians.iter().find(|(known, _)| *known == shape).map_or(0.0, |(_, median)| *median);
     let of_block = |(s, of_block): (usize, &Vec<usize>)| -> BTreeMap<usize, f64> {
-        let present = |block: &SubBlock| of_block.iter().filter(|w| **w > 0).map(|w| (*w, median(shape(block, *w)))).collect();
+        let present = |block: &SubBlock| of_block.iter().filter(|w| **w > 0).map(|w| (*w, median_of(shape(block, *w)))).collect();
         decoder.sub_block(s).map(present).unwrap_or_default()
     };
     let mut milliseconds: Vec<BTreeMap<usize, f64>> = widths.iter().enumerate().map(of_block).collect();
     monotone(&mut milliseconds);
-    let description = format!("{:?}, one token of one sequence, medians of {PASSES} passes a sub-block", decoder.device().location());
-    Ok(LatencyTable { description, milliseconds })
+    let held = decoder.weight_type().as_str();
+    let description = format!("{:?}, weights in {held}, one token of one sequence, medians of {PASSES} passes a sub-block", decoder.device().location());
+    let mut table = LatencyTable { description, milliseconds, ..LatencyTable::default() };
+    if drafts {
+        table.head = median(times(decoder, || Ok(decoder.logits(&decoder.embed(&[0], &batch)?)?))?);
+        for tokens in 1..=MOST_DRAFTS + 1 {
+            let (batch, ids) = (decoder.batch(&[Span::prompt(tokens)])?, vec![0; tokens]);
+            table.passes.push(median(times(decoder, || Ok(decoder.logits(&decoder.forward(&ids, &batch, &mut NoCache)?)?))?));
+        }
+    }
+    Ok(table)
 }
 
-/// Waits until the device has computed a tensor.
-fn synchronise(tensor: &Tensor) -> Result<()> {
-    Ok(tensor.device().synchronize()?)
+/// Milliseconds of [`PASSES`] computations of a tensor.
+fn times(decoder: &Decoder, compute: impl Fn() -> Result<Tensor> + Sync) -> Result<Vec<f64>> {
+    let time = |_| {
+        let started = Instant::now();
+        let result = decoder.device().with_context(&compute)?;
+        result.device().synchronize()?;
+        Ok(started.elapsed().as_secs_f64() * 1e3)
+    };
+    let mut times = (0..PASSES + 2).map(time).collect::<Result<Vec<f64>>>()?;
+    // the first passes warm caches up
+    times.drain(..2);
+    Ok(times)
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
 }
 
 /// A wider sub-block is never taken for a faster one: noise must not make a search prefer it.

@@ -9,7 +9,7 @@ use crate::importance::Importance;
 use crate::linalg::{self, Matrix};
 use crate::stream::{Passage, Stream};
 use crate::{Error, Result, storage};
-use evop_model::{DType, Decoder, Linear, NoCache, Source, SubBlock, Tensor, TensorNames};
+use evop_model::{DType, Decoder, Device, Linear, NoCache, Source, SubBlock, Tensor, TensorNames, Widths};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
@@ -261,6 +261,33 @@ impl Levels {
         let has_bias = report.compensation == Compensation::Bias && level.absorbed == 0;
         let bias = if has_bias { Some(load(format!("bias.{}", level.width), decoder.dtype())?) } else { None };
         Ok(Some(Linear::new(load(format!("weight.{}.{}", level.width, level.absorbed), decoder.weight_type().plain()?)?, bias)?))
+    }
+
+    /// Orders and biases of the partial widths, where nothing else stands between them and the parent's weights: the repairs are none or biases, and skipped
+    /// sub-blocks are not made up for.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a file that can't be read.
+    pub fn over_one_copy(&self, decoder: &Decoder) -> Result<Option<Widths>> {
+        let raw = |report: &LevelReport| matches!(report.compensation, Compensation::None | Compensation::Bias);
+        if self.skips != SkipCompensation::None || !self.reports.values().all(raw) {
+            return Ok(None);
+        }
+        let mut widths = Widths::default();
+        for (s, report) in self.reports.iter().filter(|(_, report)| report.levels.iter().any(|level| level.level.absorbed == 0)) {
+            let mut biases = Vec::new();
+            if report.compensation == Compensation::Bias {
+                let tensors = candle_core::safetensors::load(self.file(*s), &Device::Cpu)?;
+                for level in report.levels.iter().filter(|level| level.level.absorbed == 0) {
+                    if let Some(bias) = tensors.get(&format!("bias.{}", level.level.width)) {
+                        biases.push((level.level.width, bias.to_dtype(DType::F32)?.to_vec1()?));
+                    }
+                }
+            }
+            let in_place = 0..decoder.sub_block(*s).map_or(0, SubBlock::width);
+            widths.insert(*s, if report.order.is_empty() { in_place.collect() } else { report.order.clone() }, biases);
+        }
+        Ok(Some(widths))
     }
 
     fn file(&self, s: usize) -> PathBuf {

@@ -1,4 +1,4 @@
-//! What a position loses: cross-entropy of the next token, or divergence from the dense model's next-token distribution.
+//! What a position loses: cross-entropy of the next token, or what the next-token distribution differs from the dense model's by.
 
 use crate::Result;
 use crate::key_tokens::KeyTokens;
@@ -55,8 +55,10 @@ pub(crate) fn token_losses(decoder: &Decoder, hidden: &Tensor, tokens: &[u32], s
 /// What the positions of packed spans are scored by: nothing but the text, unless it says otherwise.
 #[derive(Debug, Default)]
 pub(crate) struct Scoring {
-    /// For KL(dense || this) over the reference's top tokens and the rest.
+    /// For what differs between the dense model and this one, over the reference's top tokens and the rest.
     pub reference: Option<Reference>,
+    /// Its measure is how much probability lies elsewhere, not KL(dense || this).
+    pub refusals: bool,
     /// For the part of the loss that is what key tokens lose.
     pub keys: Option<KeyTokens>,
 }
@@ -87,6 +89,7 @@ impl Scoring {
     fn loss(&self, position: usize, q: &[f32], next: f32) -> f32 {
         let (loss, lost) = match (&self.reference, &self.keys) {
             (None, _) => (-next, -next),
+            (Some(dense), None) if self.refusals => return dense.refused(position, q),
             (Some(dense), None) => return dense.divergence(position, q),
             // what one token gains must not pay for what another loses: a search would find the gains that this sample has by chance
             (Some(dense), Some(keys)) => (dense.divergence(position, q), (keys.dense[position] - next).max(0.0)),
@@ -118,6 +121,14 @@ impl Reference {
         let term = |p: f32, q: f32| f64::from(p).exp() * f64::from(p - q);
         let kept: f64 = self.log_probabilities[range].iter().zip(q).map(|(p, q)| term(*p, *q)).sum();
         (kept + term(self.rest[position], rest(q.iter().copied()))) as f32
+    }
+
+    /// The total variation between the dense distribution and q at a position: the probability that a guess drawn from q isn't taken.
+    fn refused(&self, position: usize, q: &[f32]) -> f32 {
+        let range = position * self.top..(position + 1) * self.top;
+        let common = |p: f32, q: f32| f64::from(p.min(q)).exp();
+        let kept: f64 = self.log_probabilities[range].iter().zip(q).map(|(p, q)| common(*p, *q)).sum();
+        (1.0 - kept - common(self.rest[position], rest(q.iter().copied()))).max(0.0) as f32
     }
 
     /// Bytes held.
@@ -168,6 +179,10 @@ mod tests {
         let of = |log_probabilities: &[f32]| ids.iter().map(|i| log_probabilities[*i as usize]).collect::<Vec<f32>>();
         let dense = Reference { top: 64, rest: vec![rest(of(&p).into_iter())], ids: ids.clone(), log_probabilities: of(&p) };
         assert!(dense.divergence(0, &of(&p)).abs() < 1e-5);
+        assert!(dense.refused(0, &of(&p)) < 1e-5);
+        let elsewhere: f64 = p.iter().zip(&q).map(|(p, q)| (f64::from(*p).exp() - f64::from(*q).exp()).abs() / 2.0).sum();
+        let refused = f64::from(dense.refused(0, &of(&q)));
+        assert!(refused > 0.01 && refused <= elsewhere + 1e-6, "{refused} of {elsewhere}");
         let full: f64 = p.iter().zip(&q).map(|(p, q)| f64::from(*p).exp() * f64::from(p - q)).sum();
         let topped = f64::from(dense.divergence(0, &of(&q)));
         assert!(topped > 0.01 && topped <= full + 1e-6, "{topped} of {full}");
@@ -179,12 +194,12 @@ mod tests {
         let keys = || KeyTokens { others: 0.5, weights: vec![3.0], dense: vec![-1.0] };
         let q = [0.4f32.ln(), 0.4f32.ln()];
         let divergence = reference().divergence(0, &q);
-        let scoring = |reference, keys| Scoring { reference, keys }.loss(0, &q, -1.5);
+        let scoring = |reference, keys| Scoring { reference, keys, refusals: false }.loss(0, &q, -1.5);
         assert_eq!(scoring(None, None), 1.5);
         assert_eq!(scoring(Some(reference()), None), divergence);
         assert_eq!(scoring(Some(reference()), Some(keys())), 0.5 * divergence + 3.0 * 0.5);
         assert_eq!(scoring(None, Some(keys())), 0.5 * 1.5 + 3.0 * 1.5);
-        let gains = Scoring { reference: Some(reference()), keys: Some(keys()) }.loss(0, &q, -0.5);
+        let gains = Scoring { reference: Some(reference()), keys: Some(keys()), refusals: false }.loss(0, &q, -0.5);
         assert_eq!(gains, 0.5 * divergence, "what a token gains makes up for nothing");
     }
 }

@@ -13,9 +13,12 @@ pub enum FitnessKind {
     Nll,
     /// KL(dense || pruned) of the next-token distribution.
     Kl,
+    /// How often a token that the pruned model guesses is refused by the dense one: the total variation between their next-token distributions
+    /// (Leviathan et al. 2023, arXiv 2211.17192, section 3.3). A search weighs it against time ([`crate::budget::LatencyTable::drafting`]).
+    Draft,
 }
 
-named!(FitnessKind, "nll" => FitnessKind::Nll, "kl" => FitnessKind::Kl);
+named!(FitnessKind, "nll" => FitnessKind::Nll, "kl" => FitnessKind::Kl, "draft" => FitnessKind::Draft);
 
 /// How positions become one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,9 +64,9 @@ impl std::fmt::Display for Objective {
 /// What a pattern scored; lower is better.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fitness {
-    /// The objective, in nats a token.
+    /// The objective: nats a token; of a draft, the share of its tokens that are refused.
     pub loss: f64,
-    /// Mean loss of each segment, in nats a token: the paired samples that racing compares.
+    /// The same of each segment: the paired samples that racing compares.
     pub segments: Vec<f64>,
 }
 
@@ -82,6 +85,9 @@ impl Objective {
     /// [`Error::Option`] for a part of the loss outside of 0 to 1.
     pub fn check(&self) -> Result<()> {
         match self.key_tokens {
+            part if self.kind == FitnessKind::Draft && part > 0.0 => {
+                Err(Error::option("--key-tokens", "expected none with --fitness draft: a token is refused or not".to_string()))
+            }
             part if (0.0..=1.0).contains(&part) => Ok(()),
             other => Err(Error::option("--key-tokens", format!("expected a part of the loss, 0 to 1, found {other}"))),
         }

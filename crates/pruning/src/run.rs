@@ -8,6 +8,7 @@
 //! | `levels/` | the level database, unless it is kept elsewhere | a sub-block at a time; deleted at the end |
 //! | `search.jsonl` | every evaluation and the work done | appended, synced a batch at a time |
 //! | `front/` | the patterns of a front, each named by what it keeps | at the end |
+//! | `widths.safetensors` | what partial widths need over the parent's own weights, where that is an order and biases alone | at the end |
 //! | `clusters.json`, `clusters.safetensors` | a pattern a cluster; the chunks' vectors | at the end; once sampled |
 //! | `pattern.json`, `report.html`, `report.json`, `config.json`, `model.safetensors`, … | the result | at the end |
 //! | `evop.json` | provenance; its presence makes the directory a checkpoint | last |
@@ -18,7 +19,7 @@
 mod log;
 mod outcome;
 
-use crate::budget::{Budget, LatencyTable, Resource};
+use crate::budget::{Budget, Drafting, LatencyTable, Resource};
 use crate::calibration::{Calibration, CalibrationOptions, CalibrationStep, Corpus};
 use crate::checkpoint::{Contents, Format};
 use crate::compensate::SkipCompensation;
@@ -27,13 +28,13 @@ use crate::eval::{self, Perplexity};
 use crate::evaluate::{Evaluator, Sample, Savings, Work};
 use crate::latency;
 use crate::levels::{LevelKey, LevelOptions, Levels, tokens_sha256};
-use crate::objective::Objective;
+use crate::objective::{Aggregate, FitnessKind, Objective};
 use crate::per_cluster;
-use crate::search::{self, Found, Progress, SearchOptions};
+use crate::search::{self, Found, Progress, SearchOptions, Strategy};
 use crate::space::{SearchSpace, SpaceOptions};
 use crate::supernet::Supernet;
 use crate::{Error, Result, report, storage};
-use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Pattern};
+use evop_model::{Checkpoint, Config, Decoder, DecoderSource, Pattern, WeightType};
 use log::{Log, Phase};
 use outcome::peak_resident;
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,24 @@ pub struct PruneOptions {
     pub format: Format,
 }
 
+impl PruneOptions {
+    fn check(&self) -> Result<()> {
+        self.objective.check()?;
+        if self.objective.kind == FitnessKind::Draft
+            && (self.search.strategy != Strategy::Pareto || self.per_cluster || self.objective.aggregate != Aggregate::Mean)
+        {
+            let message = "finds by itself what a draft may cost: expected no --strategy, --per-cluster or --aggregate beside it";
+            return Err(Error::option("--fitness draft", message.to_string()));
+        }
+        Ok(())
+    }
+
+    /// Whether the time of sub-blocks has to be known.
+    fn needs_latency(&self) -> bool {
+        self.objective.kind == FitnessKind::Draft || self.space.budgets.iter().any(|b| b.resource == Resource::Latency)
+    }
+}
+
 /// A run's inputs, as `run.json` keeps them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Run {
@@ -102,8 +121,12 @@ const LOG: &str = "search.jsonl";
 const LATENCY: &str = "latency.json";
 const LEVELS: &str = "levels";
 const PATTERN: &str = "pattern.json";
-const FRONT: &str = "front";
-pub(crate) const CLUSTERS: &str = "clusters.json";
+/// Directory of a front's patterns.
+pub const FRONT: &str = "front";
+/// Beside a pattern: orders and biases of partial widths, where the parent's weights are all else that they need.
+pub const WIDTHS: &str = "widths.safetensors";
+/// A pattern a cluster.
+pub const CLUSTERS: &str = "clusters.json";
 pub(crate) const CLUSTER_VECTORS: &str = "clusters.safetensors";
 /// The file that makes a run directory a checkpoint.
 pub const PROVENANCE: &str = "evop.json";
@@ -172,8 +195,8 @@ pub struct Inputs<'a> {
 /// [`Error::RunDirectory`] when there is a run or a checkpoint already; [`Error::Option`] for options that no run could be made of.
 pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
     run.options.search.check()?;
-    run.options.objective.check()?;
-    if run.options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
+    run.options.check()?;
+    if !run.options.needs_latency() {
         SearchSpace::new(config, &run.options.space, None)?;
     }
     for file in [PROVENANCE, RUN, "config.json"] {
@@ -264,7 +287,8 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let work = evaluator.work();
     let mut certificate = None;
     // (an enumeration says nothing of a model whose weights the search changed too)
-    if found.adjustment.is_none() && search::count_patterns(&space, options.certify_up_to).is_some() {
+    let drafts = options.objective.kind == FitnessKind::Draft;
+    if found.adjustment.is_none() && !drafts && search::count_patterns(&space, options.certify_up_to).is_some() {
         phase.set(Phase::Certificate);
         let (c, best) = search::certify(&mut evaluator, &space, &found, &mut |p| on_step(Step::Certificate(p)))?;
         (certificate, found) = (Some(c), best);
@@ -276,7 +300,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     seconds.search = earlier_seconds + lap();
 
     let adjusted = found.adjustment.as_ref().map(|a| search::adjust(supernet.decoder(), a)).transpose()?.map(|decoder| Supernet::raw(&decoder));
-    let held_out = pick(&supernet, adjusted.as_ref(), &calibration, options, &mut found)?;
+    let (held_out, drafting) = pick(&supernet, adjusted.as_ref(), &calibration, options, &space, &mut found)?;
     let pattern = &found.pattern;
     let (clusters, clusters_work) = if options.per_cluster {
         let begun = Instant::now();
@@ -312,6 +336,9 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
             storage::write_json(&front.join(format!("{:.4}.json", point.kept)), &point.pattern)?;
         }
     }
+    if let Some(widths) = supernet.levels().map(|levels| levels.over_one_copy(supernet.decoder())).transpose()?.flatten().filter(|widths| !widths.is_empty()) {
+        storage::write(&directory.join(WIDTHS), &widths.to_bytes()?)?;
+    }
     let source = DecoderSource::new(&pruned_decoder, inputs.checkpoint.source().as_ref())?;
     let written = Contents::of(inputs.checkpoint).around(pruned_decoder.config(), &source).write(options.format, directory)?;
     seconds.finish = lap() - seconds.clusters;
@@ -346,6 +373,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
         clusters_work,
         dense_loss,
         held_out,
+        drafting,
         written,
         dense,
         pruned,
@@ -366,7 +394,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
 
 /// The latency table of the run, where a budget asks for one: read back, or measured and written.
 fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on_step: &mut dyn FnMut(Step) -> Result<()>) -> Result<Option<LatencyTable>> {
-    if options.space.budgets.iter().all(|b| b.resource != Resource::Latency) {
+    if !options.needs_latency() {
         return Ok(None);
     }
     let path = directory.join(LATENCY);
@@ -375,7 +403,11 @@ fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, 
     }
     let without_latency = SpaceOptions { budgets: vec![Budget { resource: Resource::Params, keep: 0.5 }], ..options.space.clone() };
     let widths = SearchSpace::new(inputs.checkpoint.config(), &without_latency, None)?.widths();
-    let table = latency::measure(inputs.decoder, &widths, &mut |done, all| on_step(Step::Latency { done, all }))?;
+    let drafts = options.objective.kind == FitnessKind::Draft;
+    let device = inputs.decoder.device();
+    // times are those of what is served: on the CPU that is 8 bits unless one asks for something else
+    let served = if device.is_cpu() { Some(inputs.checkpoint.decoder(device, WeightType::Q8_0)?) } else { None };
+    let table = latency::measure(served.as_ref().unwrap_or(inputs.decoder), &widths, drafts, &mut |done, all| on_step(Step::Latency { done, all }))?;
     storage::write_json(&path, &table)?;
     Ok(Some(table))
 }
@@ -412,8 +444,15 @@ fn supernet(
     Supernet::new(inputs.decoder, levels)
 }
 
-/// Takes the pattern of least loss on held-out sequences among the search's best; `adjusted` is the model whose weights a strategy changed.
-fn pick(supernet: &Supernet, adjusted: Option<&Supernet>, calibration: &Calibration, options: &PruneOptions, found: &mut Found) -> Result<HeldOut> {
+/// Takes the pattern of least loss on held-out sequences (of drafts, the fastest) among the search's best; `adjusted` is the model whose weights a strategy changed.
+fn pick(
+    supernet: &Supernet,
+    adjusted: Option<&Supernet>,
+    calibration: &Calibration,
+    options: &PruneOptions,
+    space: &SearchSpace,
+    found: &mut Found,
+) -> Result<(HeldOut, Option<Drafting>)> {
     let mut evaluator = Evaluator::new(
         supernet,
         &calibration.held_out_samples(),
@@ -428,12 +467,15 @@ fn pick(supernet: &Supernet, adjusted: Option<&Supernet>, calibration: &Calibrat
         Some(other) => evaluator.over(other, |e| e.evaluate(&patterns))?,
         None => evaluator.evaluate(&patterns)?,
     };
-    let losses: Vec<f64> = fitness.iter().map(|f| f.loss).collect();
+    let drafts = options.objective.kind == FitnessKind::Draft;
+    let drafting: Vec<Option<Drafting>> = patterns.iter().zip(&fitness).map(|(p, f)| if drafts { space.drafting(p, f.loss) } else { None }).collect();
+    let losses: Vec<f64> = fitness.iter().zip(&drafting).map(|(f, drafting)| drafting.map_or(f.loss, |d| d.time)).collect();
     let chosen = (0..losses.len()).reduce(|best, other| if losses[other] < losses[best] { other } else { best }).unwrap_or(0);
     if let Some((pattern, fitness)) = found.elite.get(chosen) {
         (found.pattern, found.fitness) = (pattern.clone(), fitness.clone());
     }
-    Ok(HeldOut { candidates: losses.len(), chosen, loss: losses.get(chosen).copied().unwrap_or(f64::NAN), search_loss: found.fitness.loss })
+    let held_out = HeldOut { candidates: losses.len(), chosen, loss: losses.get(chosen).copied().unwrap_or(f64::NAN), search_loss: found.fitness.loss };
+    Ok((held_out, drafting.get(chosen).copied().flatten()))
 }
 
 /// The calibration set of the run: read back, or sampled and written.

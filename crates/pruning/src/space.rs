@@ -1,6 +1,6 @@
 //! Search spaces: which widths every sub-block may have, and which of the patterns fit the budgets.
 
-use crate::budget::{Budget, Costs, LatencyTable};
+use crate::budget::{Budget, Costs, Drafting, LatencyTable};
 use crate::names::named;
 use crate::{Error, Result};
 use evop_model::{Config, Gene, Pattern};
@@ -79,6 +79,7 @@ pub struct SearchSpace {
     units: Vec<Unit>,
     costs: Costs,
     widths: Vec<Vec<usize>>,
+    latency: Option<LatencyTable>,
     /// Equal widths in all layers that are kept (`--uniform`): the last unit is that width.
     uniform: Option<Vec<usize>>,
 }
@@ -154,7 +155,7 @@ impl SearchSpace {
             of_block.dedup();
         }
         let costs = Costs::new(config, &widths, &options.budgets, latency)?;
-        let space = Self { kind: options.space, dense, units, costs, widths, uniform };
+        let space = Self { kind: options.space, dense, units, costs, widths, latency: latency.cloned(), uniform };
         let smallest: Genome = vec![0; space.units()];
         let (b, totals) = (space.costs.budgets(), space.totals(&smallest));
         if !space.costs.fit(&totals) {
@@ -265,6 +266,11 @@ impl SearchSpace {
             genome.push(widths.iter().position(|w| *w == kept)? as u8);
         }
         (self.pattern(&genome) == *pattern).then_some(genome)
+    }
+
+    /// What a pattern does as a draft, where times were measured for that ([`LatencyTable::drafting`]).
+    pub fn drafting(&self, pattern: &Pattern, refused: f64) -> Option<Drafting> {
+        self.latency.as_ref()?.drafting(pattern, refused)
     }
 
     /// What a genome costs under each budget.

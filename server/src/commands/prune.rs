@@ -28,7 +28,15 @@ pub fn run(args: &PruneArgs) -> Result<()> {
                 println!("{}", serde_json::to_string_pretty(&outcome)?);
             } else if !display.is_json() {
                 print_table(&outcome);
-                println!("\n{} is the pruned checkpoint; report.html in it shows what was found.\nServe it: evop serve --model {0}", directory.display());
+                let place = directory.display();
+                println!("\n{place} is the pruned checkpoint; report.html in it shows what was found.");
+                match outcome.drafting {
+                    Some(d) => println!(
+                        "Let it guess for the whole model: evop serve --pattern draft={place}/pattern.json --speculate draft --speculate-tokens {}",
+                        d.tokens
+                    ),
+                    None => println!("Serve it: evop serve --model {place}"),
+                }
             }
             Ok(())
         }
@@ -75,13 +83,16 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         let strategy = match &args.pattern {
             Some(_) => Some(Strategy::Pattern),
             None if args.pareto => Some(Strategy::Pareto),
-            None => args.strategy,
+            // (an explicit one is refused by name)
+            None => args.strategy.or_else(|| args.tuning.drafts().then_some(Strategy::Pareto)),
         };
         let pattern = args.pattern.as_deref().map(|path| Pattern::read(path, checkpoint.config())).transpose()?;
         let mut budgets = args.budget.given()?;
         if budgets.is_empty() {
             budgets.push(match &pattern {
                 Some(pattern) => whole_budget(pattern, checkpoint.config())?,
+                // what a draft costs is weighed against what it agrees: no more than that it be one
+                None if args.tuning.drafts() => Budget::new(Resource::Latency, 0.95)?,
                 None => Budget::removing(0.25)?,
             });
         }
@@ -149,7 +160,8 @@ pub fn print_table(outcome: &Outcome) {
         println!("{name:<34}{dense:>12.digits$}{pruned:>12.digits$}{ratio:>9}");
     };
     row(&format!("perplexity (windows of {})", outcome.dense.window), outcome.dense.perplexity, outcome.pruned.perplexity, 3);
-    row("calibration loss, nats a token", outcome.dense_loss, outcome.found.fitness.loss, 4);
+    let (name, dense_loss, pruned_loss) = report::loss_row(outcome);
+    row(&name, dense_loss, pruned_loss, 4);
     row("parameters, millions", millions(outcome.parameters.0), millions(outcome.parameters.1), 3);
     row("block parameters, millions", millions(outcome.block_parameters.0), millions(outcome.block_parameters.1), 3);
     row("KV cache bytes per token (16-bit)", outcome.kv_bytes_per_token.0 as f64, outcome.kv_bytes_per_token.1 as f64, 0);

@@ -27,6 +27,10 @@ use std::path::PathBuf;
   \
     evop prune --pattern front/front/0.6021.json --levels levels --out pruned
   \
+    evop prune --fitness draft --out draft                   the form that guesses best for its time; then
+  \
+    evop serve --pattern draft=draft/pattern.json --speculate draft
+  \
     evop prune --resume pruned                               go on after Ctrl-C, a crash or kill -9")]
 pub struct PruneArgs {
     #[command(flatten)]
@@ -93,7 +97,7 @@ pub struct TuningArgs {
     /// Only patterns of equal layers (whole layers removed, one MLP width): they load in every tool.
     #[arg(long, help_heading = "Search")]
     pub uniform: bool,
-    /// What is minimised, against nothing or the dense model: nll or kl. [default: the strategy's own]
+    /// What is minimised, against nothing or the dense model: nll or kl; or draft, the time of a token with the pattern guessing for the whole model (evop serve --speculate), from its agreement and its measured time. [default: the strategy's own]
     #[arg(long, value_name = "LOSS", help_heading = "Search")]
     pub fitness: Option<FitnessKind>,
     /// How tokens become one number: mean, worst-cluster or mean+std.
@@ -214,14 +218,22 @@ pub struct TuningArgs {
 pub enum Preset {
     /// Drops and repaired widths searched together, scored by divergence from the dense model.
     Default,
+    /// What `evop serve --pattern` serves over the weights of the whole model: drops, and widths that need no more than a bias.
+    Elastic,
     /// EvoP as its authors' code runs it: 5 sequences of 2048 tokens from 5 clusters, whole layers, population 50, 100 generations.
     Paper,
 }
 
 impl TuningArgs {
+    /// Whether drafts are searched for.
+    pub fn drafts(&self) -> bool {
+        self.fitness == Some(FitnessKind::Draft)
+    }
+
     /// All options of a run, those not given from the preset and the strategy (by default the preset's).
     pub fn options(&self, strategy: Option<Strategy>, budgets: Vec<Budget>, context: usize) -> PruneOptions {
         let paper = self.preset == Preset::Paper;
+        let elastic = self.preset == Preset::Elastic || self.drafts();
         let strategy = strategy.unwrap_or(if paper { Strategy::Evop } else { Strategy::Joint });
         let recipe = strategy.recipe();
         let ccds = if paper { CalibrationOptions::paper() } else { CalibrationOptions::default() };
@@ -249,7 +261,7 @@ impl TuningArgs {
                 pareto: ParetoOptions {
                     population: self.population.unwrap_or(pareto.population),
                     generations: self.generations.unwrap_or(pareto.generations),
-                    least: self.pareto_least.unwrap_or(pareto.least),
+                    least: self.pareto_least.unwrap_or(if self.drafts() { 0.0 } else { pareto.least }),
                 },
                 pattern: None,
                 evopress_generations: self.generations,
@@ -259,12 +271,12 @@ impl TuningArgs {
             objective: Objective {
                 kind: self.fitness.unwrap_or(recipe.fitness),
                 aggregate: self.aggregate,
-                key_tokens: self.key_tokens.unwrap_or(recipe.key_tokens),
+                key_tokens: self.key_tokens.unwrap_or(if self.drafts() { 0.0 } else { recipe.key_tokens }),
             },
             levels: LevelOptions {
                 importance: self.importance.or(recipe.importance),
-                compensation: self.compensation.or(recipe.compensation),
-                skips: self.skip_compensation.or(recipe.skips),
+                compensation: self.compensation.or(recipe.compensation).or(elastic.then_some(Compensation::Bias)),
+                skips: self.skip_compensation.or(recipe.skips).or(elastic.then_some(SkipCompensation::None)),
             },
             calibration: CalibrationOptions {
                 sequences: self.sequences.unwrap_or(ccds.sequences),

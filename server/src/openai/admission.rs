@@ -7,7 +7,7 @@ use crate::openai::fields::Fields;
 use crate::openai::generation::{Generation, Submitted};
 use crate::openai::sampling::AnswerOptions;
 use crate::request_id::RequestId;
-use crate::served::{Asked, Served};
+use crate::served::{Served, Wanted};
 use evop_serving::{Request, SamplingParams, SubmitError};
 use std::sync::Arc;
 use std::time::Instant;
@@ -23,7 +23,7 @@ pub struct Target {
     /// The name that it was asked by, with its form.
     name: String,
     /// Its form.
-    asked: Asked,
+    asked: Wanted,
 }
 
 /// Who answers a request.
@@ -46,8 +46,8 @@ impl Target {
     pub async fn settle(self, app: &App, prompts: &[TokenizedPrompt], param: &'static str, arrived: Instant) -> Result<Answerer, ApiError> {
         let Self { served, name, asked } = self;
         let auto = match asked {
-            Asked::Member(member) => return Ok(Answerer { served, name, member }),
-            Asked::Auto(auto) => auto,
+            Wanted::Member(member) => return Ok(Answerer { served, name, member }),
+            Wanted::Auto(auto) => auto,
         };
         let prompt = prompts.first().map_or(&[][..], |prompt| &prompt.tokens);
         let member = auto::vote(app, &served, &auto, prompt, param, arrived).await?;
@@ -71,7 +71,7 @@ pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<Target, ApiError> 
     let Some(served) = app.slot.current() else { return Err(ApiError::unavailable("the model is still loading")) };
     let name = name.unwrap_or(&app.names()[0]);
     let Some(asked) = app.asked(&served, name) else { return Err(ApiError::model_not_found(name)) };
-    let level = app.pressure.as_ref().filter(|_| matches!(asked, Asked::Member(0))).map_or(0, |pressure| {
+    let level = app.pressure.as_ref().filter(|_| matches!(asked, Wanted::Member(0))).map_or(0, |pressure| {
         let level = pressure.level(served.for_any_text().len());
         app.metrics.elastic_level(level);
         level

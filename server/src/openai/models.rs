@@ -3,7 +3,7 @@
 use crate::app::App;
 use crate::auto::AUTO;
 use crate::openai::errors::{ApiError, Problems};
-use crate::served::{Asked, Form, Served};
+use crate::served::{Form, Served, Wanted};
 use axum::Json;
 use axum::extract::{Path, State};
 use serde::Serialize;
@@ -81,9 +81,9 @@ pub async fn list(State(app): State<Arc<App>>) -> Json<ModelList> {
     let served = app.slot.current();
     let named = |served: &Served| -> Vec<Model> {
         let of_name = |name: &String| {
-            let forms = served.forms.iter().enumerate().map(|(i, form)| (format!("{name}@{}", form.name), Asked::Member(i + 1)));
-            let auto = served.auto.iter().map(|auto| (format!("{name}@{AUTO}"), Asked::Auto(Arc::clone(auto))));
-            let all = std::iter::once((name.clone(), Asked::Member(0))).chain(forms).chain(auto);
+            let forms = served.forms.iter().enumerate().map(|(i, form)| (format!("{name}@{}", form.name), Wanted::Member(i + 1)));
+            let auto = served.auto.iter().map(|auto| (format!("{name}@{AUTO}"), Wanted::Auto(Arc::clone(auto))));
+            let all = std::iter::once((name.clone(), Wanted::Member(0))).chain(forms).chain(auto);
             all.map(|(name, asked)| model(&name, served, &asked)).collect::<Vec<_>>()
         };
         app.names().iter().flat_map(of_name).collect()
@@ -106,17 +106,17 @@ pub async fn get(State(app): State<Arc<App>>, Path(name): Path<String>) -> Resul
     Ok(Json(model(&name, &served, &asked)))
 }
 
-fn model(name: &str, served: &Served, asked: &Asked) -> Model {
+fn model(name: &str, served: &Served, asked: &Wanted) -> Model {
     let (config, forms) = match asked {
-        Asked::Member(member) => (served.member_config(*member), None),
-        Asked::Auto(_) => {
+        Wanted::Member(member) => (served.member_config(*member), None),
+        Wanted::Auto(_) => {
             let forms = served.chosen_by_prompt();
             let fullest = forms.iter().map(|form| &form.config).max_by_key(|config| config.parameters());
             (fullest.unwrap_or(&served.config), Some(forms.iter().map(|form: &Form| form.name.clone()).collect()))
         }
     };
     // a form's parent is the name that it was asked by, without the form
-    let parent = if matches!(asked, Asked::Member(0)) { served.parent.as_deref() } else { name.rsplit_once('@').map(|(parent, _)| parent) };
+    let parent = if matches!(asked, Wanted::Member(0)) { served.parent.as_deref() } else { name.rsplit_once('@').map(|(parent, _)| parent) };
     Model {
         id: name.into(),
         object: "model",

@@ -44,7 +44,7 @@ fn run() -> &'static Path {
         std::fs::create_dir_all(&directory).unwrap();
         let (text, out) = (directory.join("two.txt"), directory.join("run"));
         std::fs::write(&text, format!("{}\n\n{}", books(), numbers())).unwrap();
-        let options = "--per-cluster --space block --compensation none --skip-compensation none --sparsity 0.25 --generations 2 --sequences 4 --sequence-length 64 \
+        let options = "--preset elastic --per-cluster --sparsity 0.25 --generations 2 --sequences 4 --sequence-length 64 \
                        --clusters 2 --sentences-per-chunk 4 --statistics-tokens 0 --held-out-tokens 256 --certify-up-to 0 --eval-window 64 --key-tokens 0";
         let mut prune = command();
         prune.arg("prune").args(options.split_whitespace()).arg("--calibration").arg(&text).arg("--eval-text").arg(&text);
@@ -58,7 +58,7 @@ fn run() -> &'static Path {
 fn copied(to: &Path) -> PathBuf {
     let copy = to.join("run");
     std::fs::create_dir_all(&copy).unwrap();
-    for file in ["run.json", "calibration.json", "clusters.json", "clusters.safetensors"] {
+    for file in ["run.json", "calibration.json", "clusters.json", "clusters.safetensors", "widths.safetensors"] {
         std::fs::copy(run().join(file), copy.join(file)).unwrap();
     }
     copy
@@ -112,9 +112,7 @@ fn prompts_of_two_kinds_get_two_forms_and_the_answers_that_these_give() {
 
 #[test]
 fn the_name_is_listed_with_the_forms_that_it_chooses_among() {
-    let files = tempfile::tempdir().unwrap();
-    let own = files.path().join("own.json");
-    std::fs::copy(run().join("pattern.json"), &own).unwrap();
+    let own = run().join("pattern.json");
     let named = |name: &str| format!("{name}={}", own.display());
     let server = serve(&["--pattern", &named("25"), "--elastic", "p99_ttft=0.001ms"]);
     let models = server.get("/v1/models").ok()["data"].clone();
@@ -181,13 +179,17 @@ fn directories_that_cannot_be_voted_by_are_refused_at_the_start() {
     let elsewhere = changed("elsewhere", "calibration.json", &|c| c["embedder"] = json!("hidden states after layer 3, mean of the first 128 tokens"));
     assert!(elsewhere.contains("after layer 3") && elsewhere.contains("after layer 6"), "{elsewhere}");
     let layers = changed("layers", "clusters.json", &|clusters| drop(clusters[0]["pattern"].as_array_mut().unwrap().pop()));
-    assert!(layers.contains("clusters.json, cluster 0") && layers.contains("expected 12 layers, found 11"), "{layers}");
-    let partial = changed("partial", "clusters.json", &|clusters| clusters[1]["pattern"][0]["ffn"] = json!(100));
-    assert!(partial.contains("clusters.json, cluster 1") && partial.contains("use a pattern of whole sub-blocks"), "{partial}");
+    assert!(layers.contains("clusters.json, c0") && layers.contains("expected 12 layers, found 11"), "{layers}");
+    let copy = copied(&files.path().join("partial"));
+    change(&copy.join("clusters.json"), |clusters| clusters[1]["pattern"][0]["ffn"] = json!(48));
+    std::fs::remove_file(copy.join("widths.safetensors")).unwrap();
+    change(&copy.join("clusters.json"), |clusters| clusters[0]["pattern"] = json!(vec![json!({"kv_groups": 2, "ffn": 384}); 12]));
+    let partial = fails(&copy, &[]);
+    assert!(partial.contains("clusters.json, c1") && partial.contains("layer 0 keeps a part of its MLP, and no widths.safetensors beside"), "{partial}");
 
     let own = run().join("pattern.json");
     for name in ["auto", "c1"] {
         let taken = fails(run(), &["--pattern", &format!("{name}={}", own.display())]);
-        assert!(taken.contains(&format!("--pattern {name}: --auto has a form of this name")), "{taken}");
+        assert!(taken.contains(&format!("has a form of this name too: choose another for --pattern {name}")), "{taken}");
     }
 }

@@ -16,6 +16,13 @@ fn complete(server: &Server, model: &str) -> Value {
     server.complete(&json!({"model": model, "prompt": "It was a dark night, and", "max_tokens": 40, "temperature": 0})).ok()
 }
 
+/// What `evop serve` says when it doesn't start.
+fn fails(arguments: &[&str], directory: &Path) -> String {
+    let output = command().args(["serve", "--port", "0", "--admin-addr", "off", "--data-dir"]).arg(directory.join("data")).args(arguments).output().unwrap();
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
+}
+
 #[test]
 fn forms_are_listed_and_answer_under_their_names() {
     let files = tempfile::tempdir().unwrap();
@@ -39,6 +46,34 @@ fn forms_are_listed_and_answer_under_their_names() {
         let refused = server.complete(&json!({"model": unknown, "prompt": "x"}));
         assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (404, Some("model_not_found")));
     }
+}
+
+#[test]
+fn forms_that_keep_parts_of_sub_blocks_answer_as_their_runs_checkpoints_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = directory.path();
+    let run = |sparsity: &str, levels: &str, seed: &str, out: &str| {
+        let small = "prune --preset elastic --space joint+heads --width-steps 4 --sequences 2 --sequence-length 64 --clusters 2 --max-chunks 32 \
+                     --statistics-tokens 1024 --held-out-tokens 256 --generations 1 --offspring 4 --certify-up-to 0 --eval-window 64 --progress none";
+        let options = ["--sparsity", sparsity, "--levels", levels, "--seed", seed, "--out", out];
+        let output = command().current_dir(at).args(small.split_whitespace()).args(options).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        at.join(out)
+    };
+    let runs = [run("0.25", "levels", "31", "quarter"), run("0.5", "levels", "31", "half")];
+    let form = |name: &str, run: &Path| format!("{name}={}", run.join("pattern.json").display());
+    let [quarter, half] = [form("25", &runs[0]), form("50", &runs[1])];
+    for dtype in ["f32", "q8_0"] {
+        let server = Server::start(&["--dtype", dtype, "--pattern", &quarter, "--pattern", &half]);
+        for (name, run) in [("evop-tiny@25", &runs[0]), ("evop-tiny@50", &runs[1])] {
+            let alone = Server::start(&["--dtype", dtype, "--model", run.to_str().unwrap(), "--served-model-name", name]);
+            assert_eq!(complete(&server, name)["choices"][0]["text"], complete(&alone, name)["choices"][0]["text"], "{name} in {dtype}");
+        }
+    }
+    // another sample of text, another order
+    let other = form("other", &run("0.5", "levels", "32", "other"));
+    let error = fails(&["--pattern", &quarter, "--pattern", &other], at);
+    assert!(error.contains("--pattern other: ") && error.contains("search all forms over one level database"), "{error}");
 }
 
 #[test]
@@ -89,15 +124,10 @@ fn forms_that_cannot_be_are_refused_at_the_start() {
     let good = pattern(files.path(), "a.json", &[5], &[3]).display().to_string();
     let part = pattern(files.path(), "part.json", &[5], &[3]);
     std::fs::write(&part, std::fs::read_to_string(&part).unwrap().replacen("384", "192", 1)).unwrap();
-    let fails = |arguments: &[&str]| {
-        let output =
-            command().args(["serve", "--port", "0", "--admin-addr", "off", "--data-dir"]).arg(files.path().join("data")).args(arguments).output().unwrap();
-        assert!(!output.status.success());
-        String::from_utf8(output.stderr).unwrap()
-    };
+    let fails = |arguments: &[&str]| fails(arguments, files.path());
     let named = |name: &str, file: &str| format!("{name}={file}");
     assert!(fails(&["--pattern", &named("a", &good), "--pattern", &named("a", &good)]).contains("two forms have this name"));
-    assert!(fails(&["--pattern", &named("a", part.to_str().unwrap())]).contains("use a pattern of whole sub-blocks"));
+    assert!(fails(&["--pattern", &named("a", part.to_str().unwrap())]).contains("no widths.safetensors beside"));
     assert!(fails(&["--pattern", &named("a", "nowhere.json")]).contains("nowhere.json"));
     assert!(fails(&["--speculate", "b", "--pattern", &named("a", &good)]).contains("--speculate b: there is no such form"));
     assert!(fails(&["--elastic", "p99_ttft=1s"]).contains("--elastic: there is no thinner form"));

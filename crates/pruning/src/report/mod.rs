@@ -3,6 +3,7 @@
 pub mod compare;
 mod plot;
 
+use crate::budget::Drafting;
 use crate::evaluate::Work;
 use crate::run::{Outcome, human};
 use serde_json::{Value, json};
@@ -91,7 +92,25 @@ pub fn memory_text(outcome: &Outcome) -> String {
 pub fn held_out_text(outcome: &Outcome) -> String {
     let h = &outcome.held_out;
     let place = if h.candidates > 1 { format!("number {} of the search's best {}", h.chosen + 1, h.candidates) } else { "the search's answer".to_string() };
+    if let Some(Drafting { tokens, agreement, time }) = outcome.drafting {
+        return format!(
+            "{place}: {:.1}% of its guesses are taken on held-out sequences; {tokens} before each check make a token {:.3} times as fast as the whole model alone \
+             ({:.3} on the sequences that the search saw)",
+            100.0 * agreement,
+            1.0 / time,
+            1.0 / h.search_loss
+        );
+    }
     format!("{place}: {:.4} nats a token on held-out sequences, {:.4} on those that the search saw (gap {:+.4})", h.loss, h.search_loss, h.loss - h.search_loss)
+}
+
+/// What the search minimised: its name, of the dense model, of the pruned one.
+pub fn loss_row(outcome: &Outcome) -> (String, f64, f64) {
+    let pruned = outcome.found.fitness.loss;
+    match outcome.drafting {
+        Some(_) => ("time of a token with it as a draft".into(), 1.0, pruned),
+        None => ("calibration loss, nats a token".into(), outcome.dense_loss, pruned),
+    }
 }
 
 /// The page, self-contained.
@@ -117,7 +136,8 @@ pub(crate) fn html(outcome: &Outcome) -> String {
         let _ = write!(page, "<tr><td>{name}</td><td>{dense:.digits$}</td><td>{pruned:.digits$}</td><td>{ratio}</td></tr>");
     };
     row("perplexity on text never seen", outcome.dense.perplexity, outcome.pruned.perplexity, 3);
-    row(&format!("calibration loss in nats a token ({})", options.objective), outcome.dense_loss, outcome.found.fitness.loss, 4);
+    let (name, dense_loss, pruned_loss) = loss_row(outcome);
+    row(&format!("{name} ({})", options.objective), dense_loss, pruned_loss, 4);
     row("parameters", outcome.parameters.0 as f64, outcome.parameters.1 as f64, 0);
     row("block parameters", outcome.block_parameters.0 as f64, outcome.block_parameters.1 as f64, 0);
     row("KV cache bytes per token (16-bit)", outcome.kv_bytes_per_token.0 as f64, outcome.kv_bytes_per_token.1 as f64, 0);

@@ -1,7 +1,7 @@
 //! What a finished run reports.
 
 use super::Run;
-use crate::budget::Budget;
+use crate::budget::{Budget, Drafting};
 use crate::calibration::{CorpusReport, Point};
 use crate::checkpoint::Written;
 use crate::compensate::SkipCompensation;
@@ -25,6 +25,8 @@ pub struct Outcome {
     pub dense_loss: f64,
     /// The choice among the best patterns on held-out sequences.
     pub held_out: HeldOut,
+    /// What the pattern does as a draft on held-out sequences, where drafts were searched for.
+    pub drafting: Option<Drafting>,
     /// A pattern for every cluster, where they were asked for.
     pub clusters: Vec<ClusterPattern>,
     /// What they cost in addition.

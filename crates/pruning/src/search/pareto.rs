@@ -1,6 +1,8 @@
 //! A whole front in one run: the least loss at every cost, by NSGA-II (Deb et al. 2002, IEEE Trans. Evol. Comp. 6(2)) over loss and what the
 //! first budget counts.
 //!
+//! Of drafts ([`crate::objective::FitnessKind::Draft`]) not the front survives but what makes a token fastest: agreement and time in one number.
+//!
 //! The first population is made of the seeds that `joint` would begin with at fifteen budgets. Children are made by crossover and by steps of
 //! single units up or down, so they land at any cost; all other budgets hold for every point.
 
@@ -8,6 +10,7 @@ use super::seeds::{Sensitivities, seeds};
 use super::{Best, ELITE, Found, Progress, cross, preparing, round_rng, step};
 use crate::Result;
 use crate::evaluate::Evaluator;
+use crate::objective::FitnessKind;
 use crate::space::{Genome, SearchSpace};
 use evop_model::Pattern;
 use rand::Rng;
@@ -53,6 +56,8 @@ struct Point {
     pattern: Pattern,
     kept: f64,
     loss: f64,
+    /// A token's time with this pattern as a draft, where drafts are searched for.
+    time: Option<f64>,
 }
 
 pub(super) fn search(
@@ -69,6 +74,7 @@ pub(super) fn search(
     for i in 0..TARGETS {
         children.extend(seeds(&space.with_first_budget(target(i)), &sensitivities).into_iter().take(SEEDS_EACH));
     }
+    let drafts = evaluator.objective().kind == FitnessKind::Draft;
     let mut best = Best::of(ELITE);
     let mut seen: BTreeSet<Genome> = BTreeSet::new();
     let mut population: Vec<Point> = Vec::new();
@@ -76,15 +82,18 @@ pub(super) fn search(
         children.retain(|genome| seen.insert(genome.clone()));
         let patterns: Vec<Pattern> = children.iter().map(|g| space.pattern(g)).collect();
         let fitness = evaluator.evaluate(&patterns)?;
-        for ((genome, pattern), fitness) in children.drain(..).zip(patterns).zip(fitness) {
+        for ((genome, pattern), mut fitness) in children.drain(..).zip(patterns).zip(fitness) {
+            let loss = fitness.loss;
+            let time = if drafts { space.drafting(&pattern, loss).map(|drafting| drafting.time) } else { None };
+            fitness.loss = time.unwrap_or(loss);
             if space.fits(&genome) {
                 best.offer(std::slice::from_ref(&pattern), std::slice::from_ref(&fitness));
             }
             if fitness.loss.is_finite() {
-                population.push(Point { kept: space.totals(&genome)[0], genome, pattern, loss: fitness.loss });
+                population.push(Point { kept: space.totals(&genome)[0], genome, pattern, loss, time });
             }
         }
-        population = survive(population, options.population);
+        population = if drafts { fastest(population, options.population) } else { survive(population, options.population) };
         evaluator.anchor(&population.iter().map(|p| p.pattern.clone()).collect::<Vec<_>>());
         best.end_round(options.generations + 1, evaluator, on_round)?;
         if generation == options.generations || population.is_empty() {
@@ -120,6 +129,13 @@ fn dominates(a: &Point, b: &Point) -> bool {
 /// The points that no other one dominates.
 fn first_front(points: &[Point]) -> Vec<usize> {
     (0..points.len()).filter(|i| !points.iter().any(|other| dominates(other, &points[*i]))).collect()
+}
+
+/// The `count` drafts with the shortest time of a token, the shortest first.
+fn fastest(mut points: Vec<Point>, count: usize) -> Vec<Point> {
+    points.sort_by(|a, b| a.time.unwrap_or(f64::INFINITY).total_cmp(&b.time.unwrap_or(f64::INFINITY)).then_with(|| a.genome.cmp(&b.genome)));
+    points.truncate(count);
+    points
 }
 
 /// The best `count`, best first: by front and, within a front, by crowding distance.
@@ -187,13 +203,19 @@ mod tests {
             std::path::Path::new("config.json"),
         )
         .unwrap();
-        of.iter().map(|(kept, loss)| Point { genome: Vec::new(), pattern: Pattern::dense(&config), kept: *kept, loss: *loss }).collect()
+        of.iter().map(|(kept, loss)| Point { genome: Vec::new(), pattern: Pattern::dense(&config), kept: *kept, loss: *loss, time: Some(*loss) }).collect()
     }
 
     #[test]
     fn a_front_is_what_nothing_beats_in_both() {
         let all = points(&[(0.5, 2.0), (0.6, 1.0), (0.7, 1.5), (0.5, 3.0), (0.9, 0.5)]);
         assert_eq!(first_front(&all), [0, 1, 4]);
+    }
+
+    #[test]
+    fn the_fastest_drafts_survive() {
+        let times: Vec<f64> = fastest(points(&[(0.5, 0.9), (0.2, 0.7), (0.3, 1.1), (0.9, 0.8)]), 3).iter().filter_map(|p| p.time).collect();
+        assert_eq!(times, [0.7, 0.8, 0.9]);
     }
 
     #[test]

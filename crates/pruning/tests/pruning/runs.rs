@@ -1,16 +1,18 @@
 //! Whole runs: every strategy, interruption anywhere, and what is written.
 
 use crate::setting::{book, corpus, options, prune, space, tiny};
-use evop_model::{Checkpoint, DType, Device, Gene, NoCache, Pattern, Span};
+use evop_model::{Checkpoint, DType, Device, Gene, NoCache, Pattern, Span, Widths};
 use evop_pruning::Error;
 use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::Calibration;
 use evop_pruning::checkpoint;
-use evop_pruning::compensate::SkipCompensation;
+use evop_pruning::compensate::{Compensation, SkipCompensation};
 use evop_pruning::evaluate::{Evaluator, Work};
+use evop_pruning::levels::LevelOptions;
+use evop_pruning::objective::{Aggregate, FitnessKind, Objective};
 use evop_pruning::per_cluster::ClusterPattern;
 use evop_pruning::run::{self, Inputs, Outcome, PruneOptions, Run, Step};
-use evop_pruning::search::Strategy;
+use evop_pruning::search::{ParetoOptions, SearchOptions, Strategy};
 use evop_pruning::space::Space;
 use evop_pruning::supernet::Supernet;
 use std::collections::HashMap;
@@ -110,6 +112,35 @@ fn a_latency_budget_is_measured_once_and_holds_by_that_table() {
         outcome.widths.iter().zip(&table.milliseconds).map(|((whole, part), t)| t.get(if kept { part } else { whole }).unwrap_or(&0.0)).sum()
     };
     assert!(cost(true) <= 0.7 * cost(false) + 1e-9);
+}
+
+#[test]
+fn a_draft_is_the_pattern_that_makes_a_token_fastest() {
+    let mut options = options(Strategy::Pareto, Space::Joint);
+    options.objective = Objective { kind: FitnessKind::Draft, aggregate: Aggregate::Mean, key_tokens: 0.0 };
+    options.levels = LevelOptions { importance: None, compensation: Some(Compensation::Bias), skips: Some(SkipCompensation::None) };
+    options.space.budgets = vec![Budget::new(Resource::Latency, 0.95).unwrap()];
+    options.search.pareto = ParetoOptions { population: 8, generations: 3, least: 0.0 };
+    let directory = tempfile::tempdir().unwrap();
+    let outcome = whole(directory.path(), &options);
+    let drafting = outcome.drafting.unwrap();
+    assert!(drafting.agreement > 0.05 && drafting.agreement < 1.0 && drafting.tokens >= 1, "{drafting:?}");
+    assert_eq!(outcome.held_out.loss, drafting.time);
+    let table: evop_pruning::budget::LatencyTable = serde_json::from_slice(&std::fs::read(directory.path().join("latency.json")).unwrap()).unwrap();
+    // (what was kept as the front are the fastest, none of them faster than the one that was found)
+    for point in &outcome.found.front {
+        assert!(table.drafting(&point.pattern, point.loss).unwrap().time >= outcome.found.elite[0].1.loss);
+    }
+    // served over the model's own weights
+    Widths::read(&directory.path().join("widths.safetensors"), tiny().0.config()).unwrap();
+
+    for wrong in [
+        PruneOptions { per_cluster: true, ..options.clone() },
+        PruneOptions { search: SearchOptions { strategy: Strategy::Joint, ..options.search.clone() }, ..options },
+    ] {
+        let error = prune(tempfile::tempdir().unwrap().path(), &wrong, &mut |_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("--fitness draft"), "{error}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Thinner forms of a model beside it in one engine, and as its drafters.
 
 use crate::engine::{DECODER, collect, prompt, request};
-use evop_model::{Elastic, Gene, Pattern};
+use evop_model::{Elastic, Gene, Pattern, Widths};
 use evop_serving::{Engine, EngineConfig, EngineHandle, Request, SamplingParams, Speculation, SubmitError};
 
 /// Two patterns: an attention and two MLPs gone; much more gone.
@@ -14,7 +14,7 @@ fn patterns() -> [Pattern; 2] {
 }
 
 fn start(config: EngineConfig) -> EngineHandle {
-    Engine::start(Elastic::new(DECODER.clone(), &patterns()).unwrap(), vec![0], config).unwrap()
+    Engine::start(Elastic::new(DECODER.clone(), &patterns(), &Widths::default()).unwrap(), vec![0], config).unwrap()
 }
 
 fn defaults() -> EngineConfig {
@@ -73,7 +73,7 @@ fn a_form_that_there_is_not_is_refused() {
     let refused = start(defaults()).submit(Request { member: 3, ..request(vec![1], params(0)) }).unwrap_err();
     assert!(matches!(refused, SubmitError::Invalid(invalid) if invalid.param == "model"));
     for speculation in [Speculation { member: 0, most: 3 }, Speculation { member: 3, most: 3 }, Speculation { member: 1, most: 0 }] {
-        let elastic = Elastic::new(DECODER.clone(), &patterns()).unwrap();
+        let elastic = Elastic::new(DECODER.clone(), &patterns(), &Widths::default()).unwrap();
         let error = Engine::start(elastic, vec![0], EngineConfig { speculation: Some(speculation), ..defaults() }).unwrap_err();
         assert!(error.to_string().starts_with("speculation"), "{error}");
     }
