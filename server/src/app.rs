@@ -6,7 +6,7 @@ use crate::config::ServeConfig;
 use crate::metrics::Metrics;
 use crate::pressure::Pressure;
 use crate::rate_limit::RateLimits;
-use crate::served::Served;
+use crate::served::{Served, Wanted};
 use crate::serving_slot::ServingSlot;
 use crate::shutdown::Shutdown;
 use std::sync::Arc;
@@ -55,13 +55,13 @@ impl App {
         self.names.iter().any(|n| n == name) || served.id == name
     }
 
-    /// The form of the served model that a name asks for, as the engine numbers them: `NAME` or `NAME@FORM`. `None` if it isn't served.
-    pub fn member(&self, served: &Served, name: &str) -> Option<usize> {
+    /// The form of the served model that a name asks for: `NAME`, `NAME@FORM` or `NAME@auto`. `None` if it isn't served.
+    pub fn asked(&self, served: &Served, name: &str) -> Option<Wanted> {
         if self.answers_to(served, name) {
-            return served.member(None);
+            return served.asked(None);
         }
         let (model, form) = name.rsplit_once('@')?;
-        if self.answers_to(served, model) { served.member(Some(form)) } else { None }
+        if self.answers_to(served, model) { served.asked(Some(form)) } else { None }
     }
 
     /// Why the server is not ready to take requests.

@@ -37,6 +37,9 @@ pub struct ServeConfig {
     /// A thinner form of the model over the same weights, asked for as MODEL@FORM: the pattern.json of a run of evop prune --preset elastic. May be given again.
     #[arg(long = "pattern", env = "EVOP_PATTERNS", value_name = "FORM=FILE", value_delimiter = ',', help_heading = "Model")]
     pub patterns: Vec<FormFile>,
+    /// Serve MODEL@auto too: each prompt gets the pattern of the calibration text that it is most like. The directory of an evop prune --preset elastic --per-cluster; its patterns are forms too, MODEL@c0, MODEL@c1, ...
+    #[arg(long, env = "EVOP_AUTO", value_name = "DIR", help_heading = "Model")]
+    pub auto: Option<PathBuf>,
     /// Let this form guess tokens that the whole model then checks several at a time. The answers stay the same; how many are guessed, or none, follows what is fastest.
     #[arg(long, env = "EVOP_SPECULATE", value_name = "FORM", help_heading = "Model")]
     pub speculate: Option<String>,

@@ -1,10 +1,11 @@
-//! Thinner forms of the model that is served, over its weights: what `--pattern` and `--speculate` ask for.
+//! Thinner forms of the model that is served, over its weights: what `--pattern`, `--auto` and `--speculate` ask for.
 
+use crate::auto::{AUTO, Auto, Voters};
 use crate::config::{FormFile, ServeConfig};
 use crate::served::Form;
 use anyhow::{Context, Result, bail};
 use evop_model::{Config, Decoder, Elastic, Pattern, Widths};
-use evop_pruning::run::{FRONT, WIDTHS};
+use evop_pruning::run::{CLUSTERS, FRONT, WIDTHS};
 use evop_serving::Speculation;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ pub struct Forms {
     pub model: Elastic,
     /// The other members, in order.
     pub forms: Vec<Form>,
+    /// The vote of `--auto`; its forms are the last ones.
+    pub auto: Option<Auto>,
     /// From `--speculate`.
     pub speculation: Option<Speculation>,
 }
@@ -27,6 +30,7 @@ pub struct Asked {
     patterns: Vec<Pattern>,
     /// The order that the weights are to be loaded in, and what partial widths need besides.
     pub widths: Widths,
+    voters: Option<Voters>,
     speculation: Option<Speculation>,
 }
 
@@ -34,7 +38,7 @@ impl Asked {
     /// Reads the files of the forms.
     ///
     /// # Errors
-    /// A file that can't be read or doesn't fit, two forms of one name or in two orders of importance, a drafter that isn't a form.
+    /// A file or directory that can't be read or doesn't fit, two forms of one name or in two orders of importance, a drafter that isn't a form.
     pub fn read(config: &ServeConfig, parent: &Config) -> Result<Self> {
         let mut names = HashSet::new();
         if let Some(twice) = config.patterns.iter().find(|form| !names.insert(form.name.as_str())) {
@@ -54,12 +58,34 @@ impl Asked {
                 None => bail!("--speculate {name}: there is no such form; name one that --pattern {name}=FILE gives"),
             },
         };
+        if let Some(directory) = &config.auto {
+            let most = config.max_queue + config.max_concurrent;
+            asked.add_clusters(directory, parent, most).with_context(|| format!("--auto {}", directory.display()))?;
+        }
         Ok(asked)
     }
 
     fn add(&mut self, form: &FormFile, parent: &Config) -> Result<()> {
-        let pattern = Pattern::read(&form.file, parent)?;
-        let widths = match widths_of(&form.file) {
+        self.put(form.name.clone(), Pattern::read(&form.file, parent)?, &form.file, parent)
+    }
+
+    /// The forms of a run's clusters; `most` prompts may wait for their votes.
+    fn add_clusters(&mut self, run: &Path, parent: &Config, most: usize) -> Result<()> {
+        let (voters, clusters) = Voters::read(run, parent, self.names.len() + 1, most)?;
+        if let Some(name) = clusters.iter().map(|(name, _)| name.as_str()).chain([AUTO]).find(|name| self.names.iter().any(|taken| taken == name)) {
+            bail!("it has a form of this name too: choose another for --pattern {name}");
+        }
+        for (name, pattern) in clusters {
+            let what = format!("{CLUSTERS}, {name}");
+            self.put(name, pattern, &run.join(CLUSTERS), parent).context(what)?;
+        }
+        self.voters = Some(voters);
+        Ok(())
+    }
+
+    /// One more form, whose pattern is from this file of its run.
+    fn put(&mut self, name: String, pattern: Pattern, file: &Path, parent: &Config) -> Result<()> {
+        let widths = match widths_of(file) {
             Some(file) => Widths::read(&file, parent)?,
             None => Widths::default(),
         };
@@ -69,12 +95,12 @@ impl Asked {
                  Serve that run's checkpoint by itself, or make forms with evop prune --preset elastic",
                 s / 2,
                 if s.is_multiple_of(2) { "attention" } else { "MLP" },
-                form.file.display()
+                file.display()
             );
         }
         // (what a form doesn't need must not stand in the way of others)
         self.widths.merge(widths.used_by(&pattern, parent))?;
-        self.names.push(form.name.clone());
+        self.names.push(name);
         self.patterns.push(pattern);
         Ok(())
     }
@@ -86,7 +112,8 @@ impl Asked {
     pub fn over(self, decoder: Decoder) -> Result<Forms> {
         let named = |(name, pattern): (String, &Pattern)| Form { name, config: decoder.config().with_pattern(pattern) };
         let forms = self.names.into_iter().zip(&self.patterns).map(named).collect();
-        Ok(Forms { model: Elastic::new(decoder, &self.patterns, &self.widths)?, forms, speculation: self.speculation })
+        let auto = self.voters.map(|voters| Auto::new(voters, decoder.clone()));
+        Ok(Forms { model: Elastic::new(decoder, &self.patterns, &self.widths)?, forms, auto, speculation: self.speculation })
     }
 }
 

@@ -71,7 +71,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     let ordered = !asked.widths.is_empty();
     let model = decoder.config().clone();
     let mut engine_config = engine_config(&decoder, config)?;
-    let Forms { model: elastic, forms, speculation } = asked.over(decoder)?;
+    let Forms { model: elastic, forms, auto, speculation } = asked.over(decoder)?;
     engine_config.speculation = speculation;
     let mut eos_token_ids = model.eos_token_ids.clone();
     eos_token_ids.extend(&checkpoint.generation().eos_token_ids);
@@ -104,6 +104,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         grammars: OnceLock::new(),
         config: model,
         forms,
+        auto: auto.map(Arc::new),
         chat,
         engine,
         ordered,

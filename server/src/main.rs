@@ -5,6 +5,7 @@
 mod admin;
 mod app;
 mod auth;
+mod auto;
 mod commands;
 mod config;
 mod data_dir;

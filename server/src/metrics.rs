@@ -49,6 +49,7 @@ pub struct Metrics {
     rejections: IntCounterVec,
     http_requests: IntCounterVec,
     elastic_level: IntGaugeVec,
+    auto_requests: IntCounterVec,
     swaps: IntCounterVec,
     preemptions: IntCounterVec,
     prefix_queries: IntCounterVec,
@@ -135,6 +136,7 @@ impl Metrics {
             http_requests: r.counter("evop_http_requests_total", "HTTP requests by path and status.", &["path", "status"])?,
             swaps: r.counter("evop_model_swaps_total", "Models put into service.", &[])?,
             elastic_level: r.int_gauge("evop_elastic_level", "How many forms thinner than the whole model new requests get (--elastic).", &MODEL)?,
+            auto_requests: r.counter("evop_auto_requests_total", "Requests whose prompt chose their form (--auto), by form.", &["form"])?,
             preemptions: r.counter("vllm:num_preemptions_total", "Sequences that gave their memory back and were computed again.", &MODEL)?,
             prefix_queries: r.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", &MODEL)?,
             prefix_hits: r.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", &MODEL)?,
@@ -232,6 +234,10 @@ impl Metrics {
         self.cache_config.reset();
         let (size, blocks) = (BLOCK_TOKENS.to_string(), blocks.to_string());
         self.cache_config.with_label_values(&[&self.model_name, "0", size.as_str(), blocks.as_str()]).set(1);
+        for form in served.chosen_by_prompt() {
+            // rates need a first sample of zero
+            self.auto_requests.with_label_values(&[form.name.as_str()]);
+        }
         self.served_info.reset();
         self.served_info.with_label_values(&[served.id.as_str(), &served.root, served.parent.as_deref().unwrap_or("")]).set(1);
     }
@@ -249,6 +255,11 @@ impl Metrics {
     /// How many forms thinner than the whole model new requests get.
     pub fn elastic_level(&self, level: usize) {
         self.elastic_level.with_label_values(&self.labels()).set(level as i64);
+    }
+
+    /// A prompt chose a form.
+    pub fn auto_request(&self, form: &str) {
+        self.auto_requests.with_label_values(&[form]).inc();
     }
 
     /// A model was put into service.

@@ -1,5 +1,6 @@
 //! What is served at one moment: a model, its engine, and the text on both ends.
 
+use crate::auto::{AUTO, Auto};
 use evop_model::{Config, GenerationConfig, Tokenizer};
 use evop_serving::{ChatRenderer, EngineHandle, Grammar, GrammarCompiler, GrammarSource, Thinking, TokenText};
 use std::collections::HashSet;
@@ -14,6 +15,15 @@ pub struct Form {
     pub name: String,
     /// What it computes.
     pub config: Config,
+}
+
+/// Which form of a model a name asks for.
+#[derive(Debug, Clone)]
+pub enum Wanted {
+    /// This one, as the engine numbers them.
+    Member(usize),
+    /// The one that this chooses for the prompt.
+    Auto(Arc<Auto>),
 }
 
 /// One loaded model. Requests hold it while they run; the engine ends, and the memory is freed, when the last of them is done.
@@ -39,6 +49,8 @@ pub struct Served {
     pub special_tokens: HashSet<u32>,
     /// Thinner forms of the model over the same weights, in the engine's order.
     pub forms: Vec<Form>,
+    /// Chooses one of the last forms by the prompt (`--auto`).
+    pub auto: Option<Arc<Auto>>,
     /// The chat template, or why there is none.
     pub chat: Result<ChatRenderer, String>,
     /// Tokens that end a sequence, as the engine has them.
@@ -66,6 +78,25 @@ impl Served {
         form.map_or(Some(0), |form| self.forms.iter().position(|f| f.name == form).map(|i| i + 1))
     }
 
+    /// What stands for a form in a name, or, without a form, the whole model.
+    pub fn asked(&self, form: Option<&str>) -> Option<Wanted> {
+        match (form, &self.auto) {
+            (Some(AUTO), Some(auto)) => Some(Wanted::Auto(Arc::clone(auto))),
+            _ => self.member(form).map(Wanted::Member),
+        }
+    }
+
+    /// The forms that `--auto` chooses among, in their order.
+    pub fn chosen_by_prompt(&self) -> &[Form] {
+        let first = self.auto.as_ref().map_or(self.forms.len(), |auto| auto.first() - 1);
+        &self.forms[first..]
+    }
+
+    /// The forms that `--elastic` steps through: those that are for any text.
+    pub fn for_any_text(&self) -> &[Form] {
+        &self.forms[..self.forms.len() - self.chosen_by_prompt().len()]
+    }
+
     /// What a member of the engine computes.
     pub fn member_config(&self, member: usize) -> &Config {
         member.checked_sub(1).and_then(|form| self.forms.get(form)).map_or(&self.config, |form| &form.config)
@@ -73,7 +104,7 @@ impl Served {
 
     /// The form that is so many steps thinner than the whole model, by what it keeps.
     pub fn thinner(&self, level: usize) -> Option<&Form> {
-        let mut forms: Vec<&Form> = self.forms.iter().collect();
+        let mut forms: Vec<&Form> = self.for_any_text().iter().collect();
         forms.sort_by_key(|form| std::cmp::Reverse(form.config.parameters()));
         forms.get(level.checked_sub(1)?.min(forms.len().saturating_sub(1))).copied()
     }

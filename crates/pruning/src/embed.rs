@@ -5,12 +5,15 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::bert::{BertModel, Config as BertConfig};
-use evop_model::{Decoder, NoCache, Span};
+use evop_model::{Config, Decoder, NoCache, Span};
 use std::path::Path;
 use tokenizers::Tokenizer;
 
 /// Word pieces or tokens of a chunk that are looked at (BERT's own limit).
 const MAX_TOKENS: usize = 512;
+
+/// Tokens of a text that the pruned model looks at in a run.
+const FIRST_TOKENS: usize = 128;
 
 /// Tokens that the pruned model embeds together.
 const TOKENS_AT_ONCE: usize = 1_024;
@@ -38,27 +41,42 @@ pub struct HiddenStates<'a> {
     pub max_tokens: usize,
 }
 
-impl Embedder for HiddenStates<'_> {
-    fn name(&self) -> String {
-        format!("hidden states after layer {}, mean of the first {} tokens", self.decoder.config().num_layers() / 2, self.max_tokens)
+impl<'a> HiddenStates<'a> {
+    /// As a run embeds its chunks, and a server the prompts that it compares with them.
+    pub fn new(decoder: &'a Decoder, tokenizer: &'a Tokenizer) -> Self {
+        Self { decoder, tokenizer, max_tokens: FIRST_TOKENS }
     }
 
-    fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
-        let middle = self.decoder.config().num_layers() / 2 * 2;
-        let limit = self.max_tokens.min(self.decoder.config().max_position_embeddings);
-        let tokens: Vec<Vec<u32>> = chunks.iter().map(|chunk| encode(self.tokenizer, chunk, limit)).collect::<Result<_>>()?;
-        let mut vectors = Vec::with_capacity(chunks.len());
+    /// [`Embedder::name`] of what [`HiddenStates::new`] makes over a model of this configuration.
+    pub fn name_over(config: &Config) -> String {
+        name(config, FIRST_TOKENS)
+    }
+
+    /// One vector a text, of the hidden size. Texts are tokens without special ones; a text without any lies at the origin.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the device fails, or for a token beyond the vocabulary.
+    pub fn vectors(&self, texts: &[Vec<u32>], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
+        let config = self.decoder.config();
+        let middle = config.num_layers() / 2 * 2;
+        let limit = self.max_tokens.min(config.max_position_embeddings);
+        let tokens: Vec<Vec<u32>> = texts.iter().map(|text| text[..text.len().min(limit)].to_vec()).collect();
+        let mut vectors = Vec::with_capacity(tokens.len());
         for range in pack(&tokens, TOKENS_AT_ONCE) {
             let spans: Vec<Span> = tokens[range.clone()].iter().map(|t| Span::prompt(t.len())).collect();
+            let together = tokens[range].concat();
+            if together.is_empty() {
+                vectors.extend(spans.iter().map(|_| vec![0.0; config.hidden_size]));
+                continue;
+            }
             let batch = self.decoder.batch(&spans)?;
-            let hidden = self.decoder.embed(&tokens[range].concat(), &batch)?;
+            let hidden = self.decoder.embed(&together, &batch)?;
             let hidden = self.decoder.device().with_context(|| self.decoder.forward_range(hidden, 0..middle, &batch, &mut NoCache))?;
             let mut start = 0;
             for span in spans {
-                // a chunk without tokens (white space only) lies at the origin
                 let rows = hidden.narrow(0, start, span.len)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
                 let mean = |j: usize| rows.iter().map(|r| f64::from(r[j])).sum::<f64>() / rows.len().max(1) as f64;
-                vectors.push((0..self.decoder.config().hidden_size).map(mean).collect());
+                vectors.push((0..config.hidden_size).map(mean).collect());
                 start += span.len;
             }
             progress(vectors.len());
@@ -67,10 +85,24 @@ impl Embedder for HiddenStates<'_> {
     }
 }
 
-fn encode(tokenizer: &Tokenizer, text: &str, limit: usize) -> Result<Vec<u32>> {
+impl Embedder for HiddenStates<'_> {
+    fn name(&self) -> String {
+        name(self.decoder.config(), self.max_tokens)
+    }
+
+    fn embed(&self, chunks: &[&str], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<f64>>> {
+        let tokens: Vec<Vec<u32>> = chunks.iter().map(|chunk| encode(self.tokenizer, chunk)).collect::<Result<_>>()?;
+        self.vectors(&tokens, progress)
+    }
+}
+
+fn name(config: &Config, max_tokens: usize) -> String {
+    format!("hidden states after layer {}, mean of the first {max_tokens} tokens", config.num_layers() / 2)
+}
+
+fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     let encoding = tokenizer.encode_fast(text, false).map_err(|e| Error::Corpus(format!("a chunk can't be tokenised: {e}")))?;
-    let ids = encoding.get_ids();
-    Ok(ids[..ids.len().min(limit)].to_vec())
+    Ok(encoding.get_ids().to_vec())
 }
 
 /// A BERT encoder with mean pooling over its word pieces, from a sentence-transformers directory.

@@ -6,6 +6,7 @@
 pub mod budget;
 pub mod calibration;
 pub mod checkpoint;
+pub mod clusters;
 pub mod compensate;
 mod embed;
 mod error;

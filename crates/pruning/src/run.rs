@@ -116,7 +116,7 @@ pub struct Run {
 }
 
 const RUN: &str = "run.json";
-const CALIBRATION: &str = "calibration.json";
+pub(crate) const CALIBRATION: &str = "calibration.json";
 const LOG: &str = "search.jsonl";
 const LATENCY: &str = "latency.json";
 const LEVELS: &str = "levels";
@@ -125,8 +125,9 @@ const PATTERN: &str = "pattern.json";
 pub const FRONT: &str = "front";
 /// Beside a pattern: orders and biases of partial widths, where the parent's weights are all else that they need.
 pub const WIDTHS: &str = "widths.safetensors";
-const CLUSTERS: &str = "clusters.json";
-const CLUSTER_VECTORS: &str = "clusters.safetensors";
+/// A pattern a cluster.
+pub const CLUSTERS: &str = "clusters.json";
+pub(crate) const CLUSTER_VECTORS: &str = "clusters.safetensors";
 /// The file that makes a run directory a checkpoint.
 pub const PROVENANCE: &str = "evop.json";
 
@@ -486,7 +487,7 @@ fn calibration(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on
     let tokenizer = inputs.checkpoint.tokenizer();
     let embedder: Box<dyn Embedder + '_> = match &options.embedder {
         Some(directory) => Box::new(SentenceTransformer::open(directory, inputs.decoder.device())?),
-        None => Box::new(HiddenStates { decoder: inputs.decoder, tokenizer, max_tokens: 128 }),
+        None => Box::new(HiddenStates::new(inputs.decoder, tokenizer)),
     };
     let mut stopped = Ok(());
     let calibration = Calibration::sample(inputs.corpora, tokenizer, embedder.as_ref(), &options.calibration, |step| {

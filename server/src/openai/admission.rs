@@ -1,12 +1,13 @@
 //! From a parsed request to one that runs: which model, how many tokens, and a place in the engine's queue.
 
 use crate::app::App;
+use crate::auto;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::generation::{Generation, Submitted};
 use crate::openai::sampling::AnswerOptions;
 use crate::request_id::RequestId;
-use crate::served::Served;
+use crate::served::{Served, Wanted};
 use evop_serving::{Request, SamplingParams, SubmitError};
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,9 +15,20 @@ use std::time::Instant;
 /// Tokenizing longer texts than this is left to a thread that may block.
 const SHORT_TEXT_BYTES: usize = 16 << 10;
 
-/// Who answers a request.
+/// Whom a request asks.
 #[derive(Debug, Clone)]
 pub struct Target {
+    /// The model.
+    pub served: Arc<Served>,
+    /// The name that it was asked by, with its form.
+    name: String,
+    /// Its form.
+    asked: Wanted,
+}
+
+/// Who answers a request.
+#[derive(Debug, Clone)]
+pub struct Answerer {
     /// The model.
     pub served: Arc<Served>,
     /// The name to answer with.
@@ -25,7 +37,28 @@ pub struct Target {
     pub member: usize,
 }
 
-/// The model that a request names, and the name to answer with. Without a name it is the one that is served; without a form, under pressure, a thinner
+impl Target {
+    /// Who answers, given the request's first prompt, which came in the field `param`: `@auto` becomes the form that this prompt chooses. All prompts
+    /// of a request get one form, since its answer names one model.
+    ///
+    /// # Errors
+    /// As [`auto::vote`].
+    pub async fn settle(self, app: &App, prompts: &[TokenizedPrompt], param: &'static str, arrived: Instant) -> Result<Answerer, ApiError> {
+        let Self { served, name, asked } = self;
+        let auto = match asked {
+            Wanted::Member(member) => return Ok(Answerer { served, name, member }),
+            Wanted::Auto(auto) => auto,
+        };
+        let prompt = prompts.first().map_or(&[][..], |prompt| &prompt.tokens);
+        let member = auto::vote(app, &served, &auto, prompt, param, arrived).await?;
+        let form = &served.forms[member - 1].name;
+        app.metrics.auto_request(form);
+        let name = format!("{}@{form}", name.rsplit_once('@').map_or(name.as_str(), |(model, _)| model));
+        Ok(Answerer { served, name, member })
+    }
+}
+
+/// The model that a request names, and the name that it is asked by. Without a name it is the one that is served; without a form, under pressure, a thinner
 /// one of it.
 ///
 /// # Errors
@@ -37,17 +70,17 @@ pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<Target, ApiError> 
     }
     let Some(served) = app.slot.current() else { return Err(ApiError::unavailable("the model is still loading")) };
     let name = name.unwrap_or(&app.names()[0]);
-    let Some(member) = app.member(&served, name) else { return Err(ApiError::model_not_found(name)) };
-    let level = app.pressure.as_ref().filter(|_| member == 0).map_or(0, |pressure| {
-        let level = pressure.level(served.forms.len());
+    let Some(asked) = app.asked(&served, name) else { return Err(ApiError::model_not_found(name)) };
+    let level = app.pressure.as_ref().filter(|_| matches!(asked, Wanted::Member(0))).map_or(0, |pressure| {
+        let level = pressure.level(served.for_any_text().len());
         app.metrics.elastic_level(level);
         level
     });
-    let (name, member) = match served.thinner(level) {
-        Some(form) => (format!("{name}@{}", form.name), served.member(Some(&form.name)).unwrap_or(member)),
-        None => (name.to_string(), member),
+    let (name, asked) = match served.thinner(level) {
+        Some(form) => (format!("{name}@{}", form.name), served.asked(Some(&form.name)).unwrap_or(asked)),
+        None => (name.to_string(), asked),
     };
-    Ok(Target { served, name, member })
+    Ok(Target { served, name, asked })
 }
 
 /// Token ids of a text, without keeping other requests waiting.

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, encode, served_model};
+use crate::openai::admission::{Admission, Answerer, MaxTokens, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::chat_output::{ASSISTANT, ChatOutput, ChatOutputOptions, message};
 use crate::openai::chat_request::{ChatRequest, Conversation};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
@@ -66,14 +66,16 @@ pub struct Chat {
 /// 400 that names the field, or why the request can't run now.
 pub async fn start(app: &Arc<App>, request_id: &RequestId, body: &serde_json::Map<String, serde_json::Value>) -> Result<Chat, ApiError> {
     let arrived = Instant::now();
-    let (Target { served, name: model, member }, mut request) = parse(app, body)?;
-    let text = render(&served, &request.conversation)?;
-    let output = prepare(&served, &mut request, &text).await?;
-    let mut prompt = TokenizedPrompt { tokens: encode(&served, text, request.conversation.add_special_tokens, "messages").await?, echo: None };
+    let (target, mut request) = parse(app, body)?;
+    let text = render(&target.served, &request.conversation)?;
+    let output = prepare(&target.served, &mut request, &text).await?;
+    let mut prompt = TokenizedPrompt { tokens: encode(&target.served, text, request.conversation.add_special_tokens, "messages").await?, echo: None };
     prompt.truncate(request.truncate);
+    let prompts = vec![prompt];
+    let Answerer { served, name: model, member } = target.settle(app, &prompts, "messages", arrived).await?;
     let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
     let admission = Admission { app, served, member, request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
-    let generation = admission.submit(vec![prompt])?;
+    let generation = admission.submit(prompts)?;
     Ok(Chat { generation, request, output, model })
 }
 

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::{Admission, MaxTokens, Target, TokenizedPrompt, encode, served_model};
+use crate::openai::admission::{Admission, Answerer, MaxTokens, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
 use crate::openai::completion_request::{CompletionRequest, Prompt};
 use crate::openai::errors::{ApiError, Problems};
@@ -36,14 +36,15 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 )]
 pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody(body): JsonBody) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let (Target { served, name: model, member }, mut request) = parse(&app, &body)?;
+    let (target, mut request) = parse(&app, &body)?;
     if let Some(constraint) = &request.constraint {
-        request.params.grammar = Some(constraint.compile(&served, Thinking::Never).await?);
+        request.params.grammar = Some(constraint.compile(&target.served, Thinking::Never).await?);
     }
     let mut prompts = Vec::with_capacity(request.prompts.len());
     for prompt in &request.prompts {
-        prompts.push(tokenize(&served, &request, prompt).await?);
+        prompts.push(tokenize(&target.served, &request, prompt).await?);
     }
+    let Answerer { served, name: model, member } = target.settle(&app, &prompts, "prompt", arrived).await?;
     let max_tokens = MaxTokens { asked: request.max_tokens, default: Some(DEFAULT_MAX_TOKENS), prompt_field: "prompt" };
     let admission = Admission { app: &app, served, member, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
     let count = prompts.len();

@@ -1,8 +1,9 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
 use crate::app::App;
+use crate::auto::AUTO;
 use crate::openai::errors::{ApiError, Problems};
-use crate::served::Served;
+use crate::served::{Form, Served, Wanted};
 use axum::Json;
 use axum::extract::{Path, State};
 use serde::Serialize;
@@ -69,17 +70,23 @@ pub struct ModelDetails {
     parameters: usize,
     /// Of the key/value cache.
     kv_bytes_per_token: usize,
+    /// Of a name whose form the prompt chooses: the forms that it chooses among. What the other fields say holds for the fullest of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forms: Option<Vec<String>>,
 }
 
 /// Every name that is served. While the model loads there is none.
 #[utoipa::path(get, path = "/v1/models", operation_id = "models", tag = "Models", responses((status = 200, description = "The models.", body = ModelList), Problems))]
 pub async fn list(State(app): State<Arc<App>>) -> Json<ModelList> {
     let served = app.slot.current();
-    let forms = |served: &Served| [String::new()].into_iter().chain(served.forms.iter().map(|form| format!("@{}", form.name))).collect::<Vec<_>>();
     let named = |served: &Served| -> Vec<Model> {
-        let of =
-            |name: &String| forms(served).into_iter().enumerate().map(|(member, form)| model(&format!("{name}{form}"), served, member)).collect::<Vec<_>>();
-        app.names().iter().flat_map(of).collect()
+        let of_name = |name: &String| {
+            let forms = served.forms.iter().enumerate().map(|(i, form)| (format!("{name}@{}", form.name), Wanted::Member(i + 1)));
+            let auto = served.auto.iter().map(|auto| (format!("{name}@{AUTO}"), Wanted::Auto(Arc::clone(auto))));
+            let all = std::iter::once((name.clone(), Wanted::Member(0))).chain(forms).chain(auto);
+            all.map(|(name, asked)| model(&name, served, &asked)).collect::<Vec<_>>()
+        };
+        app.names().iter().flat_map(of_name).collect()
     };
     Json(ModelList { object: "list", data: served.iter().flat_map(|served| named(served)).collect() })
 }
@@ -95,14 +102,21 @@ pub async fn list(State(app): State<Arc<App>>) -> Json<ModelList> {
 )]
 pub async fn get(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Model>, ApiError> {
     let served = app.slot.current().ok_or_else(|| ApiError::unavailable("the model is still loading"))?;
-    let member = app.member(&served, &name).ok_or_else(|| ApiError::model_not_found(&name))?;
-    Ok(Json(model(&name, &served, member)))
+    let asked = app.asked(&served, &name).ok_or_else(|| ApiError::model_not_found(&name))?;
+    Ok(Json(model(&name, &served, &asked)))
 }
 
-fn model(name: &str, served: &Served, member: usize) -> Model {
-    let config = served.member_config(member);
+fn model(name: &str, served: &Served, asked: &Wanted) -> Model {
+    let (config, forms) = match asked {
+        Wanted::Member(member) => (served.member_config(*member), None),
+        Wanted::Auto(_) => {
+            let forms = served.chosen_by_prompt();
+            let fullest = forms.iter().map(|form| &form.config).max_by_key(|config| config.parameters());
+            (fullest.unwrap_or(&served.config), Some(forms.iter().map(|form: &Form| form.name.clone()).collect()))
+        }
+    };
     // a form's parent is the name that it was asked by, without the form
-    let parent = if member == 0 { served.parent.as_deref() } else { name.rsplit_once('@').map(|(parent, _)| parent) };
+    let parent = if matches!(asked, Wanted::Member(0)) { served.parent.as_deref() } else { name.rsplit_once('@').map(|(parent, _)| parent) };
     Model {
         id: name.into(),
         object: "model",
@@ -118,6 +132,7 @@ fn model(name: &str, served: &Served, member: usize) -> Model {
             pattern: pattern(config),
             parameters: config.parameters(),
             kv_bytes_per_token: config.kv_bytes_per_token(served.kv_element_bytes),
+            forms,
         },
     }
 }

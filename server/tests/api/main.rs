@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod admin;
+mod auto;
 mod bench_serve;
 mod chat;
 mod completions;

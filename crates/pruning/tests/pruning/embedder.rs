@@ -50,3 +50,19 @@ fn the_models_own_hidden_states_cluster_a_corpus_the_same_way_twice() {
     assert_eq!(clusters.len(), 4, "every sequence from another cluster: {clusters:?}");
     assert_eq!(calibration.picture.len(), calibration.corpora[0].chunks.min(1_024));
 }
+
+#[test]
+fn a_text_lies_at_the_same_place_as_tokens_alone_and_beside_others_and_its_beginning_counts() {
+    let (checkpoint, decoder) = tiny();
+    let embedder = HiddenStates::new(&decoder, checkpoint.tokenizer());
+    let long = "It was a dark night, and the captain said that he had never seen the like of it. ".repeat(20);
+    let chunks = ["Once upon a time", long.as_str(), " "];
+    let together = embedder.embed(&chunks, &mut |_| ()).unwrap();
+    let tokens = |text: &str| checkpoint.encode(text, false).unwrap();
+    for (chunk, vector) in chunks.iter().zip(&together) {
+        assert_eq!(embedder.vectors(&[tokens(chunk)], &mut |_| ()).unwrap()[0], *vector, "{chunk:?}");
+    }
+    assert_eq!(embedder.vectors(&[tokens(&long)[..128].to_vec()], &mut |_| ()).unwrap()[0], together[1]);
+    let origin = embedder.vectors(&[Vec::new()], &mut |_| ()).unwrap();
+    assert!(origin[0].len() == decoder.config().hidden_size && origin[0].iter().all(|v| *v == 0.0));
+}
