@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Decode and prefill speed beside llama.cpp's, on the same GGUF files, in turns.
 
-usage: compare-llama-cpp.py EVOP LLAMA_BIN_DIRECTORY TYPE=FILE.gguf ... [--threads 2] [--rounds 5]
+usage: compare-llama-cpp.py EVOP LLAMA_BIN_DIRECTORY TYPE[@SHAPE]=FILE.gguf ... [--threads 2] [--rounds 5]
 
-TYPE is evop's --dtype for that file: q8_0, bf16, f16, f32 or stored. LLAMA_BIN_DIRECTORY has llama-bench and llama-batched-bench, built on this machine.
+TYPE is evop's --dtype for that file: q8_0, bf16, f16, f32 or stored. With a SHAPE the file is one of random-gguf.py's, and evop measures random weights of that shape. LLAMA_BIN_DIRECTORY has llama-bench and llama-batched-bench, built on this machine.
 Prints a table of medians: tokens a second of decoding 1, 4 and 16 sequences (128 tokens of prompt, 64 new ones) and of a prompt of 512.
 """
 import argparse
@@ -20,7 +20,9 @@ def run(command):
 
 
 def evop(args, kind, file):
-    common = ["--threads", str(args.threads), "--model", file, "--dtype", kind, "--repeats", "1", "--json"]
+    kind, _, shape = kind.partition("@")
+    model = ["--random", shape] if shape else ["--model", file]
+    common = ["--threads", str(args.threads), *model, "--dtype", kind, "--repeats", "1", "--json"]
     decode = json.loads(run([args.evop, "bench", "decode", "--batch", ",".join(map(str, BATCHES)), *common]))
     prefill = json.loads(run([args.evop, "bench", "prefill", "--length", "512", *common]))
     return [line["tokens_per_second"][0] for line in decode + prefill]
@@ -42,7 +44,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("evop")
     parser.add_argument("llama", metavar="LLAMA_BIN_DIRECTORY")
-    parser.add_argument("files", nargs="+", metavar="TYPE=FILE.gguf")
+    parser.add_argument("files", nargs="+", metavar="TYPE[@SHAPE]=FILE.gguf")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

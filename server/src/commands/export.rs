@@ -4,7 +4,7 @@ use super::model_name::ModelName;
 use anyhow::{Result, bail};
 use clap::Args;
 use evop_model::Pattern;
-use evop_pruning::checkpoint::{Contents, Format, MaskedSource, Target, WeightType, Written};
+use evop_pruning::checkpoint::{Contents, FileType, Format, MaskedSource, Target, Written};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ pub struct ExportArgs {
     pub format: Format,
     /// How numbers are stored: f32, f16 or bf16; for gguf also q8_0 or q4_k. [default: as they are]
     #[arg(long = "type", value_name = "TYPE")]
-    pub weights: Option<WeightType>,
+    pub weights: Option<FileType>,
     /// Where to: a directory; for gguf also a file whose name ends in .gguf.
     #[arg(long, value_name = "PATH")]
     pub out: PathBuf,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 use evop_model::{ChatTemplate, Checkpoint};
 use evop_pruning::calibration::Corpus;
-use evop_pruning::checkpoint::{Format, Target, WeightType, Written};
+use evop_pruning::checkpoint::{FileType, Format, Target, Written};
 use evop_pruning::vocabulary::{SmallerVocabulary, VocabularyOptions, VocabularyReport};
 use evop_serving::{ChatError, ChatInput, ChatRenderer};
 use serde_json::json;
@@ -38,7 +38,7 @@ pub struct VocabArgs {
     pub multiple: Option<u16>,
     /// How numbers are stored: f32, f16 or bf16. [default: as they are; f32 from a quantised GGUF]
     #[arg(long = "type", value_name = "TYPE")]
-    pub weights: Option<WeightType>,
+    pub weights: Option<FileType>,
     /// The directory to write; it must be empty, or not be there.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,

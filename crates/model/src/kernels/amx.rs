@@ -2,7 +2,7 @@
 //! sum over k in order, 32 at a time, whatever tokens are beside it.
 
 use super::packed::{GROUP, STEP, Weights};
-use rayon::prelude::*;
+use super::team;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -70,7 +70,7 @@ impl Activations {
         if tokens < SERIAL_BELOW {
             own.chunks_mut(steps.max(1)).enumerate().for_each(fill);
         } else {
-            own.par_chunks_mut(steps.max(1)).enumerate().for_each(fill);
+            team::for_each_part(own, steps, |block, tiles| fill((block, tiles)));
         }
         Self { tiles, tokens, steps }
     }

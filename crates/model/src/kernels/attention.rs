@@ -2,7 +2,7 @@
 
 use super::dot::{self, RowMajor};
 use super::elementwise::softmax;
-use super::{SharedOut, unfilled, with_slice};
+use super::{SharedOut, team, unfilled, with_slice};
 use crate::Result;
 use crate::attention::AttentionSpec;
 use crate::batch::Span;
@@ -10,7 +10,6 @@ use crate::cache::BLOCK_TOKENS;
 use candle_core::Tensor;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
 
 /// Query positions that one task handles together.
 const QUERY_TILE: usize = 16;
@@ -117,7 +116,7 @@ pub(crate) fn attend(spec: &AttentionSpec, q: &Tensor, sequences: &[Sequence<'_>
             let queries = QUERY_TILE.min(sequences[s].span.len - first);
             tile(spec, &q[row * width..(row + queries) * width], &sequences[s], group, first, queries, target, row);
         };
-        if tasks.len() == 1 { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
+        team::for_each(tasks.len(), |i| run(&tasks[i]));
     })?;
     Ok(Tensor::from_vec(out, (tokens, width), q.device())?)
 }

@@ -1,9 +1,8 @@
 //! What happens to activations between the products: norms, rotations, sums, and exp without libm with what is built on it.
 
-use super::{filled, with_slice};
+use super::{filled, team, with_slice};
 use crate::Result;
 use candle_core::Tensor;
-use rayon::prelude::*;
 
 /// e^x by Cody-Waite reduction and a degree-6 polynomial: within 2 ulp on [-87, 88], 0 below, and it vectorises.
 #[inline(always)]
@@ -143,7 +142,7 @@ fn in_parts(len: usize, unit: usize, part: impl Fn(usize, &mut [f32]) + Sync) ->
         if len <= 2 * chunk {
             part(0, out);
         } else {
-            out.par_chunks_mut(chunk).enumerate().for_each(|(i, out)| part(i * chunk, out));
+            team::for_each_part(out, chunk, |i, out| part(i * chunk, out));
         }
         Ok(())
     })

@@ -77,7 +77,7 @@ fn together(parts: impl Iterator<Item = (f32, f32)> + Clone) -> f32 {
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod tiles {
     use super::super::packed::{GROUP, Weights};
-    use super::super::{SharedOut, amx, elementwise::exp_sum};
+    use super::super::{SharedOut, amx, elementwise::exp_sum, team};
     use super::{BLOCK, together};
     use rayon::prelude::*;
 
@@ -91,7 +91,7 @@ mod tiles {
         let x = amx::Activations::new(x, rows, k);
         let (mut found, mut parts) = (vec![0f32; ids.len()], vec![[0f32; 2]; rows * blocks]);
         let (to_found, to_parts) = (SharedOut(found.as_mut_ptr()), SharedOut(parts.as_mut_ptr().cast()));
-        (0..blocks).into_par_iter().for_each(|block| {
+        team::for_each(blocks, |block| {
             let (from, to) = (block * BLOCK, vocab.min((block + 1) * BLOCK));
             let mut logits = vec![0f32; amx::BLOCK * BLOCK];
             let tiles = amx::Tiles::configure();

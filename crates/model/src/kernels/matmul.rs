@@ -1,10 +1,9 @@
 //! x W^T on the CPU in f32, for one row and for thousands, over whole matrices and over views of them.
 
 use super::dot::{self, ROW_MULTIPLE, RowMajor, TILE_B};
-use super::{SharedOut, unfilled, with_adjacent, with_slice};
+use super::{SharedOut, team, unfilled, with_adjacent, with_slice};
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
-use rayon::prelude::*;
 
 /// Rows of x that are multiplied together stay in the first-level cache (in f32 elements), ...
 const X_BLOCK_ELEMENTS: usize = 8 * 1024;
@@ -95,7 +94,7 @@ fn multiply(x: &[f32], rows: usize, k: usize, products: &[Product<'_>]) {
             }
         }
     };
-    if serial { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
+    if serial { tasks.iter().for_each(run) } else { team::for_each(tasks.len(), |i| run(&tasks[i])) }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub(crate) mod head;
 pub mod matmul;
 pub(crate) mod packed;
 pub(crate) mod q8;
+mod team;
 
 pub use head::of_logits as log_probabilities;
 

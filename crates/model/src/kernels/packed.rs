@@ -2,10 +2,9 @@
 //! gives them, and tiles and vectors take them as they are.
 
 use super::ggml::BlockType;
-use super::{SharedOut, bf16, f16 as half_precision, q8};
+use super::{SharedOut, bf16, f16 as half_precision, q8, team};
 use super::{block_layout, blocks};
 use half::f16;
-use rayon::prelude::*;
 
 /// Rows that lie side by side.
 pub(crate) const GROUP: usize = 16;
@@ -131,5 +130,5 @@ pub(crate) fn each_groups(products: &[Product<'_>], tokens: usize, k: usize, tas
     let all = |p: &Product<'_>| p.weights.rows.div_ceil(GROUP);
     let tasks: Vec<(usize, usize)> = products.iter().enumerate().flat_map(|(i, p)| (0..all(p)).step_by(groups).map(move |from| (i, from))).collect();
     let run = |&(i, from): &(usize, usize)| task(&products[i], from..(from + groups).min(all(&products[i])));
-    if serial { tasks.iter().for_each(run) } else { tasks.par_iter().for_each(run) }
+    if serial { tasks.iter().for_each(run) } else { team::for_each(tasks.len(), |i| run(&tasks[i])) }
 }

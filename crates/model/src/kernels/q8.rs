@@ -5,13 +5,15 @@
 //! for VNNI's and AMX's products of unsigned by signed bytes.
 
 use super::packed::{GROUP, Line, Product, STEP as BLOCK, each_groups};
-use super::{dot, elementwise::widest};
+use super::{dot, elementwise::widest, team};
 use half::f16;
 use rayon::prelude::*;
 use std::ops::Range;
 
 /// Cache lines of a group's block: four inputs each.
 pub(super) const LINES: usize = BLOCK / 4;
+/// Activations' rows that are rounded by one task.
+const ROWS_OF_A_TASK: usize = 8;
 /// What is added to a weight's number.
 const OFFSET: i32 = 128;
 
@@ -71,15 +73,13 @@ impl Activations {
         if blocks == 0 {
             return of;
         }
-        let fill = |((numbers, x), (scales, corrections)): Row<'_>| round_row(x, numbers, scales, corrections);
-        let width = blocks * BLOCK;
-        if tokens < 4 {
-            let blocks = of.scales.chunks_mut(blocks).zip(of.corrections.chunks_mut(blocks));
-            of.numbers.chunks_mut(width).zip(x.chunks(k)).zip(blocks).for_each(fill);
-        } else {
-            let blocks = of.scales.par_chunks_mut(blocks).zip(of.corrections.par_chunks_mut(blocks));
-            of.numbers.par_chunks_mut(width).zip(x.par_chunks(k)).zip(blocks).for_each(fill);
-        }
+        let scales = of.scales.chunks_mut(blocks).zip(of.corrections.chunks_mut(blocks));
+        let mut rows: Vec<Row<'_>> = of.numbers.chunks_mut(blocks * BLOCK).zip(x.chunks(k)).zip(scales).collect();
+        team::for_each_part(&mut rows, ROWS_OF_A_TASK, |_, rows| {
+            for ((numbers, x), (scales, corrections)) in rows {
+                round_row(x, numbers, scales, corrections);
+            }
+        });
         of
     }
 }

@@ -1,13 +1,13 @@
 //! Numbers in another 16- or 32-bit type.
 
 use super::plan::{Origin, Planned};
-use super::{Contents, WeightType};
+use super::{Contents, FileType};
 use crate::{Error, Result};
 use evop_model::{DType, RawTensor};
 use half::{bf16, f16};
 use std::borrow::Cow;
 
-impl WeightType {
+impl FileType {
     /// The type of single numbers; `None` for blocks.
     pub(super) fn dtype(self) -> Option<DType> {
         match self {

@@ -5,7 +5,7 @@
 
 use super::config_json::{base, bias_flags, check, class, widest};
 use super::plan::{Plan, Projection};
-use super::{Contents, WeightType, Written, weights};
+use super::{Contents, FileType, Written, weights};
 use crate::{Error, Result, storage};
 use evop_model::{Architecture, LayerShape};
 use serde_json::{Map, Value, json};
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 const MODELING: &str = include_str!("modeling_evop.py");
 
 /// Writes the directory.
-pub(super) fn write(contents: &Contents<'_>, numbers: Option<WeightType>, directory: &Path) -> Result<Written> {
+pub(super) fn write(contents: &Contents<'_>, numbers: Option<FileType>, directory: &Path) -> Result<Written> {
     let dtype = weights::dtype(numbers)?;
     let mut plan = Plan::new(contents)?;
     let mut json = base(&plan, weights::torch_name(&plan, dtype))?;

@@ -42,7 +42,7 @@ pub enum Format {
 
 /// How numbers are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum WeightType {
+pub enum FileType {
     /// 32-bit floats.
     #[serde(rename = "f32")]
     F32,
@@ -66,7 +66,7 @@ pub struct Target {
     /// The kind of checkpoint.
     pub format: Format,
     /// `None`: as the source has them.
-    pub weights: Option<WeightType>,
+    pub weights: Option<FileType>,
 }
 
 impl From<Format> for Target {
@@ -98,7 +98,7 @@ macro_rules! named {
 }
 
 named!(Format, "--format", "hf" => Self::Hf, "nemotron-nas" => Self::NemotronNas, "gguf" => Self::Gguf);
-named!(WeightType, "--type", "f32" => Self::F32, "f16" => Self::F16, "bf16" => Self::Bf16, "q8_0" => Self::Q8_0, "q4_k" => Self::Q4K);
+named!(FileType, "--type", "f32" => Self::F32, "f16" => Self::F16, "bf16" => Self::Bf16, "q8_0" => Self::Q8_0, "q4_k" => Self::Q4K);
 
 /// A model as it is to be written.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@
 use super::config_json::{base, check};
 use super::hf::{finish, write_file};
 use super::plan::{Plan, Projection};
-use super::{Contents, WeightType, Written, weights};
+use super::{Contents, FileType, Written, weights};
 use crate::{Error, Result};
 use evop_model::{Activation, Architecture, LayerShape};
 use serde_json::{Map, Value, json};
@@ -19,7 +19,7 @@ const MODELING: &str = include_str!("modeling_nemotron_nas.py");
 const CLASS: &str = "DeciLMForCausalLM";
 
 /// Writes the directory.
-pub(super) fn write(contents: &Contents<'_>, numbers: Option<WeightType>, directory: &Path) -> Result<Written> {
+pub(super) fn write(contents: &Contents<'_>, numbers: Option<FileType>, directory: &Path) -> Result<Written> {
     let dtype = weights::dtype(numbers)?;
     let mut plan = Plan::new(contents)?;
     expressible(&plan)?;

@@ -2,7 +2,7 @@
 
 use super::convert::{convert, read};
 use super::plan::{Plan, Planned};
-use super::{Contents, WeightType};
+use super::{Contents, FileType};
 use crate::{Error, Result, storage};
 use evop_model::DType;
 use safetensors::tensor::{Dtype as SafeDtype, View};
@@ -17,7 +17,7 @@ pub(super) const FILE: &str = "model.safetensors";
 ///
 /// # Errors
 /// [`Error::Format`] for types that safetensors doesn't have.
-pub(super) fn dtype(weights: Option<WeightType>) -> Result<Option<DType>> {
+pub(super) fn dtype(weights: Option<FileType>) -> Result<Option<DType>> {
     match weights.map(|w| (w, w.dtype())) {
         None => Ok(None),
         Some((_, Some(dtype))) => Ok(Some(dtype)),

@@ -3,7 +3,7 @@
 use crate::setting::{root, tiny};
 use crate::small_models::{FFN, GROUPS, decoder, difference, families, logits, model, pattern};
 use evop_model::{Checkpoint, Config, DType, Decoder, Device, Error, Pattern, RawTensor, ShapeOrigin, Source};
-use evop_pruning::checkpoint::{Contents, Format, Target, WeightType, write_pattern};
+use evop_pruning::checkpoint::{Contents, FileType, Format, Target, write_pattern};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -158,11 +158,11 @@ fn gguf_types_keep_what_they_can() {
     let mut sizes = Vec::new();
     for (weights, worst) in [
         (None, 0.0),
-        (Some(WeightType::F32), 0.0),
-        (Some(WeightType::F16), 2e-3),
-        (Some(WeightType::Bf16), 1e-2),
-        (Some(WeightType::Q8_0), 3e-2),
-        (Some(WeightType::Q4K), 0.25),
+        (Some(FileType::F32), 0.0),
+        (Some(FileType::F16), 2e-3),
+        (Some(FileType::Bf16), 1e-2),
+        (Some(FileType::Q8_0), 3e-2),
+        (Some(FileType::Q4K), 0.25),
     ] {
         let out = directory.path().join(format!("{}.gguf", weights.map_or("as-is".into(), |w| w.to_string())));
         let written = write_pattern(&parent, &kept, Target { format: Format::Gguf, weights }, &out).unwrap();
@@ -170,9 +170,9 @@ fn gguf_types_keep_what_they_can() {
         let checkpoint = Checkpoint::open(&out).unwrap();
         let difference = difference(&expected, &logits(&decoder(&checkpoint)));
         assert!(difference <= worst, "{weights:?}: {difference}");
-        if weights == Some(WeightType::Q8_0) {
+        if weights == Some(FileType::Q8_0) {
             // the file's blocks as they are, multiplied with activations in 8 bits
-            let [plain, blocks] = [DType::F32.into(), evop_model::WeightType::Q8_0].map(|held| checkpoint.decoder(&Device::Cpu, held).unwrap());
+            let [plain, blocks] = [DType::F32.into(), evop_model::FileType::Q8_0].map(|held| checkpoint.decoder(&Device::Cpu, held).unwrap());
             let values = |decoder: &Decoder, s: usize| decoder.sub_block(s).unwrap().output().weight().unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(values(&plain, 0), values(&blocks, 0));
             assert_eq!(values(&plain, 9), values(&blocks, 9));
@@ -184,7 +184,7 @@ fn gguf_types_keep_what_they_can() {
         // 32 columns of that down_proj are no 256
         assert_eq!(
             written.notes.iter().any(|n| n.contains("no whole number of q4_k blocks: `blk.3.ffn_down.weight` with 32 columns is Q8_0")),
-            weights == Some(WeightType::Q4K)
+            weights == Some(FileType::Q4K)
         );
         // the same file again
         let again = directory.path().join("again.gguf");
@@ -198,7 +198,7 @@ fn gguf_types_keep_what_they_can() {
 fn directories_take_16_and_32_bit_types_only() {
     let directory = tempfile::tempdir().unwrap();
     let (parent, dense) = tiny();
-    for (weights, exact, torch) in [(WeightType::F32, true, "float32"), (WeightType::Bf16, true, "bfloat16"), (WeightType::F16, false, "float16")] {
+    for (weights, exact, torch) in [(FileType::F32, true, "float32"), (FileType::Bf16, true, "bfloat16"), (FileType::F16, false, "float16")] {
         let out = directory.path().join(weights.to_string());
         Contents::of(&parent).write(Target { format: Format::Hf, weights: Some(weights) }, &out).unwrap();
         let checkpoint = Checkpoint::open(&out).unwrap();
@@ -206,7 +206,7 @@ fn directories_take_16_and_32_bit_types_only() {
         assert!(if exact { difference == 0.0 } else { difference < 1e-3 }, "{weights}: {difference}");
         assert_eq!(config_json(&checkpoint)["torch_dtype"], torch);
     }
-    let error = Contents::of(&parent).write(Target { format: Format::NemotronNas, weights: Some(WeightType::Q8_0) }, &directory.path().join("q8")).unwrap_err();
+    let error = Contents::of(&parent).write(Target { format: Format::NemotronNas, weights: Some(FileType::Q8_0) }, &directory.path().join("q8")).unwrap_err();
     assert!(error.to_string().contains("q8_0 is a type of GGUF files: expected f32, f16 or bf16"), "{error}");
     let error = Contents::of(&parent).write(Format::Hf, &directory.path().join("model.gguf")).unwrap_err();
     assert!(error.to_string().contains("is a name of a GGUF file, the format is hf"), "{error}");

@@ -3,7 +3,7 @@
 use super::architecture::Architecture;
 use super::tensors::GgufTensor;
 use crate::checkpoint::plan::Plan;
-use crate::checkpoint::{Contents, WeightType, shortest_window, window_note};
+use crate::checkpoint::{Contents, FileType, shortest_window, window_note};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 use evop_model::gguf::{PROVENANCE, Value, ZERO_ATTENTION, ZERO_FEED_FORWARD};
@@ -15,7 +15,7 @@ pub(super) fn entries(
     plan: &Plan,
     architecture: &Architecture,
     tensors: &[GgufTensor],
-    weights: Option<WeightType>,
+    weights: Option<FileType>,
     notes: &mut Vec<String>,
 ) -> Result<Vec<(String, Value)>> {
     let config = &plan.config;
@@ -119,10 +119,10 @@ fn list_zeros(key: &str, what: &str, layers: &[usize], entries: &mut Vec<(String
 }
 
 /// llama.cpp's `LLAMA_FTYPE` of what most matrices are.
-fn file_type(weights: Option<WeightType>, embedding: GgmlDType) -> u32 {
+fn file_type(weights: Option<FileType>, embedding: GgmlDType) -> u32 {
     match (weights, embedding) {
-        (Some(WeightType::Q8_0), _) => 7,
-        (Some(WeightType::Q4K), _) => 14,
+        (Some(FileType::Q8_0), _) => 7,
+        (Some(FileType::Q4K), _) => 14,
         (_, GgmlDType::F16) => 1,
         (_, GgmlDType::BF16) => 32,
         _ => 0,

@@ -12,13 +12,13 @@ mod tensors;
 mod tokenizer;
 
 use super::plan::Plan;
-use super::{Contents, WeightType, Written};
+use super::{Contents, FileType, Written};
 use crate::{Error, Result, storage};
 use architecture::Architecture;
 use std::path::Path;
 
 /// Writes the file.
-pub(super) fn write(contents: &Contents<'_>, weights: Option<WeightType>, path: &Path) -> Result<Written> {
+pub(super) fn write(contents: &Contents<'_>, weights: Option<FileType>, path: &Path) -> Result<Written> {
     let plan = Plan::new(contents)?;
     let architecture = Architecture::of(&plan)?;
     let mut notes: Vec<String> = plan.left_out_note().into_iter().collect();

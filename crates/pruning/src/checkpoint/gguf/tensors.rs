@@ -3,7 +3,7 @@
 use super::architecture::Architecture;
 use crate::checkpoint::convert::{convert, read};
 use crate::checkpoint::plan::{Origin, Plan, Planned};
-use crate::checkpoint::{Contents, WeightType};
+use crate::checkpoint::{Contents, FileType};
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QTensor};
 use evop_model::gguf::{ROPE_FREQS, RowOrder, gguf_name, permute_rows};
@@ -29,7 +29,7 @@ enum Numbers {
 }
 
 /// Names and types of all tensors, in the file's order.
-pub(super) fn plan(plan: &Plan, architecture: &Architecture, weights: Option<WeightType>, notes: &mut Vec<String>) -> Result<Vec<GgufTensor>> {
+pub(super) fn plan(plan: &Plan, architecture: &Architecture, weights: Option<FileType>, notes: &mut Vec<String>) -> Result<Vec<GgufTensor>> {
     let names = TensorNames::of(plan.config.architecture);
     let mut types = Types { weights, tied: plan.config.tie_word_embeddings, odd: Vec::new() };
     let mut tensors = Vec::new();
@@ -97,7 +97,7 @@ fn rope_divisors(plan: &Plan) -> Option<Vec<f32>> {
 
 /// Chooses the type of every tensor and remembers those that can't have the one that was asked for.
 struct Types {
-    weights: Option<WeightType>,
+    weights: Option<FileType>,
     tied: bool,
     /// Tensor, its columns, the type that it got.
     odd: Vec<(String, usize, GgmlDType)>,
@@ -113,13 +113,13 @@ impl Types {
                 DType::BF16 => GgmlDType::BF16,
                 _ => GgmlDType::F32,
             },
-            Some(WeightType::F32) => GgmlDType::F32,
-            Some(WeightType::F16) => GgmlDType::F16,
-            Some(WeightType::Bf16) => GgmlDType::BF16,
-            Some(WeightType::Q8_0) => GgmlDType::Q8_0,
+            Some(FileType::F32) => GgmlDType::F32,
+            Some(FileType::F16) => GgmlDType::F16,
+            Some(FileType::Bf16) => GgmlDType::BF16,
+            Some(FileType::Q8_0) => GgmlDType::Q8_0,
             // the head decides between tokens: llama.cpp's quantiser gives it more bits, too
-            Some(WeightType::Q4K) if is_head => GgmlDType::Q6K,
-            Some(WeightType::Q4K) => GgmlDType::Q4K,
+            Some(FileType::Q4K) if is_head => GgmlDType::Q6K,
+            Some(FileType::Q4K) => GgmlDType::Q4K,
         };
         let fitting = [wanted, GgmlDType::Q8_0, GgmlDType::F16].into_iter().find(|kind| columns.is_multiple_of(kind.block_size()));
         let kind = fitting.unwrap_or(GgmlDType::F16);
