@@ -11,6 +11,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 
 BATCHES = [1, 4, 16]
 
@@ -51,9 +52,10 @@ def main():
     print("| type | measure | evop | llama.cpp | ratio |\n| --- | --- | --- | --- | --- |")
     for kind, file in (of.split("=", 1) for of in args.files):
         ours, theirs = [], []
-        for _ in range(args.rounds):
+        for round in range(args.rounds):
             ours.append(evop(args, kind, file))
             theirs.append(llama_cpp(args, file))
+            print(f"{kind}, round {round + 1} of {args.rounds}: evop {ours[-1]}, llama.cpp {theirs[-1]}", file=sys.stderr, flush=True)
         names = [f"decode, {n} at once" for n in BATCHES] + ["prefill 512"]
         for name, a, b in zip(names, zip(*ours), zip(*theirs)):
             a, b = statistics.median(a), statistics.median(b)
