@@ -172,7 +172,7 @@ fn gguf_types_keep_what_they_can() {
         assert!(difference <= worst, "{weights:?}: {difference}");
         if weights == Some(FileType::Q8_0) {
             // the file's blocks as they are, multiplied with activations in 8 bits
-            let [plain, blocks] = [DType::F32.into(), evop_model::FileType::Q8_0].map(|held| checkpoint.decoder(&Device::Cpu, held).unwrap());
+            let [plain, blocks] = [DType::F32.into(), evop_model::WeightType::Q8_0].map(|held| checkpoint.decoder(&Device::Cpu, held).unwrap());
             let values = |decoder: &Decoder, s: usize| decoder.sub_block(s).unwrap().output().weight().unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(values(&plain, 0), values(&blocks, 0));
             assert_eq!(values(&plain, 9), values(&blocks, 9));
