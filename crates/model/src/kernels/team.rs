@@ -133,7 +133,7 @@ impl Drop for Close<'_> {
     fn drop(&mut self) {
         self.0.state.0.fetch_and(!OPEN, SeqCst);
         let mut looks = 0u32;
-        while self.0.state.0.load(Acquire) % OPEN > 0 {
+        while self.0.state.0.load(Acquire) & (OPEN - 1) > 0 {
             looks = looks.wrapping_add(1);
             if looks.is_multiple_of(16 * LOOKS) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
