@@ -67,8 +67,18 @@ fn as_json(document: &OpenApi) -> Value {
     let operations = items.filter_map(Value::as_object_mut).flat_map(Map::values_mut);
     let answers = operations.filter_map(|operation| operation.get_mut("responses")?.as_object_mut()).flat_map(Map::values_mut);
     for stream in answers.filter_map(|answer| answer.pointer_mut("/content/text~1event-stream/schema")) {
-        let data = json!({"type": "string", "contentMediaType": "application/json", "contentSchema": stream.take()});
-        *stream = json!({"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": data}});
+        *stream = events(stream.take());
     }
     document
+}
+
+/// The events of a stream of `schema`. A stream of an endpoint's answers, whose events have no names, ends with a word, or with an error.
+fn events(schema: Value) -> Value {
+    let json_of = |schema: Value| json!({"type": "string", "contentMediaType": "application/json", "contentSchema": schema});
+    if !schema["$ref"].as_str().is_some_and(|target| target.starts_with("#/components/schemas/Answer_")) {
+        return json!({"type": "object", "required": ["event", "data"], "properties": {"event": {"type": "string"}, "data": json_of(schema)}});
+    }
+    let problem = json!({"$ref": "#/components/schemas/ErrorBody"});
+    let data = json!({"anyOf": [{"type": "string", "enum": ["[DONE]"]}, json_of(json!({"anyOf": [schema, problem]}))]});
+    json!({"type": "object", "required": ["data"], "properties": {"data": data}})
 }

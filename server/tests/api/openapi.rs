@@ -71,6 +71,29 @@ fn the_examples_of_the_document_are_answered() {
 }
 
 #[test]
+fn a_stream_is_described_as_it_is_with_names_or_with_a_last_word() {
+    let server = Server::start(&[]);
+    let document = server.get("/openapi.json").ok();
+    let mut asked = 0;
+    for (path, item) in document["paths"].as_object().unwrap() {
+        let events = &item["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"];
+        if events.is_null() {
+            continue;
+        }
+        let body = item["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].as_str().unwrap();
+        let mut body = document.pointer(body.trim_start_matches('#')).unwrap()["example"].clone();
+        body["stream"] = true.into();
+        let answer = server.post(path, &body).body;
+        let names = answer.lines().any(|line| line.starts_with("event: "));
+        assert_eq!(events["properties"]["event"].is_object(), names, "{path}: {answer}");
+        let word = events["properties"]["data"]["anyOf"][0]["enum"][0].as_str();
+        assert_eq!(word, answer.trim_end().ends_with("\ndata: [DONE]").then_some("[DONE]"), "{path}: {answer}");
+        asked += 1;
+    }
+    assert_eq!(asked, 4);
+}
+
+#[test]
 fn the_page_needs_nothing_from_elsewhere_and_its_lines_can_be_run() {
     let server = Server::start(&[]);
     let answer = request(&server.public, "GET", "/docs", &[], None);
