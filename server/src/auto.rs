@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
+use tokio::task::JoinError;
 
 /// What stands after the `@` of a name whose form the prompt chooses.
 pub const AUTO: &str = "auto";
@@ -81,16 +82,13 @@ pub struct Auto {
     /// The whole model: prompts are embedded as the run embedded its chunks.
     decoder: Decoder,
     voters: Voters,
-    /// Prompts that may wait for their vote or have it.
-    places: Semaphore,
-    /// One embedding pass at a time: it takes all cores, or the GPU.
-    turn: Arc<Semaphore>,
+    turns: Turns,
 }
 
 impl Auto {
     /// By prompts of this model.
     pub fn new(voters: Voters, decoder: Decoder) -> Self {
-        Self { places: Semaphore::new(voters.most), turn: Arc::new(Semaphore::new(1)), voters, decoder }
+        Self { turns: Turns::new(voters.most), voters, decoder }
     }
 
     /// The first of the forms that it chooses among, as the engine numbers them. They are the last ones.
@@ -111,36 +109,121 @@ impl Auto {
 /// # Errors
 /// 400 for a token beyond the vocabulary, 429 when too many prompts wait, 503 when the server's patience ends before the vote, 504 when the request's time does.
 pub async fn vote(app: &App, served: &Arc<Served>, auto: &Arc<Auto>, prompt: &[u32], param: &'static str, arrived: Instant) -> Result<usize, ApiError> {
-    let Ok(_place) = auto.places.try_acquire() else {
-        app.metrics.rejected("queue_full");
-        return Err(ApiError::queue_full(RETRY_AFTER));
-    };
     let plain: Vec<u32> = prompt.iter().copied().filter(|id| !served.is_special(*id)).collect();
-    let ballot = async {
-        let turn = Arc::clone(&auto.turn).acquire_owned().await;
-        let (auto, tokenizer) = (Arc::clone(auto), Arc::clone(&served.tokenizer));
-        let task = tokio::task::spawn_blocking(move || {
-            // held to the end of the pass, even if nobody waits for it any more
-            let _turn = turn;
-            auto.choose(&tokenizer, plain)
-        });
-        match task.await {
-            Ok(Ok(member)) => Ok(member),
-            Ok(Err(evop_pruning::Error::Model(evop_model::Error::Input(message)))) => Err(ApiError::invalid(param, format!("{param}: {message}"))),
-            Ok(Err(error)) => Err(ApiError::internal(error.to_string())),
-            Err(error) => Err(ApiError::internal(error.to_string())),
-        }
-    };
+    let (own, tokenizer) = (Arc::clone(auto), Arc::clone(&served.tokenizer));
     let limit = app.config.request_timeout();
-    let out_of_time = async {
-        match limit {
-            Some(limit) => tokio::time::sleep_until((arrived + limit).into()).await,
-            None => std::future::pending().await,
+    let deadline = limit.map(|limit| arrived + limit);
+    match auto.turns.run(move || own.choose(&tokenizer, plain), deadline, app.shutdown.stopping()).await {
+        Ok(Ok(member)) => Ok(member),
+        Ok(Err(evop_pruning::Error::Model(evop_model::Error::Input(message)))) => Err(ApiError::invalid(param, format!("{param}: {message}"))),
+        Ok(Err(error)) => Err(ApiError::internal(error.to_string())),
+        Err(Missed::Full) => {
+            app.metrics.rejected("queue_full");
+            Err(ApiError::queue_full(RETRY_AFTER))
         }
-    };
-    tokio::select! {
-        chosen = ballot => chosen,
-        () = out_of_time => Err(ApiError::timeout(limit.unwrap_or_default())),
-        () = app.shutdown.stopping() => Err(ApiError::unavailable("the server is shutting down")),
+        Err(Missed::Time) => Err(ApiError::timeout(limit.unwrap_or_default())),
+        Err(Missed::Stopping) => Err(ApiError::unavailable("the server is shutting down")),
+        Err(Missed::Panicked(error)) => Err(ApiError::internal(error.to_string())),
+    }
+}
+
+/// Work off the asynchronous threads, one piece at a time: an embedding pass takes all cores, or the GPU.
+#[derive(Debug)]
+struct Turns {
+    /// For work that waits or is done.
+    places: Semaphore,
+    turn: Arc<Semaphore>,
+}
+
+/// Why a piece of work has no result.
+#[derive(Debug)]
+enum Missed {
+    Full,
+    Time,
+    Stopping,
+    Panicked(JoinError),
+}
+
+impl Turns {
+    fn new(places: usize) -> Self {
+        Self { places: Semaphore::new(places), turn: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// The result of `work`, unless all places are taken, `deadline` comes, or `stopping` ends.
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+        deadline: Option<Instant>,
+        stopping: impl Future<Output = ()>,
+    ) -> Result<T, Missed> {
+        let _place = self.places.try_acquire().map_err(|_| Missed::Full)?;
+        let done = async {
+            let turn = Arc::clone(&self.turn).acquire_owned().await;
+            let task = tokio::task::spawn_blocking(move || {
+                // held to the end of the work, even if nobody waits for it any more
+                let _turn = turn;
+                work()
+            });
+            task.await.map_err(Missed::Panicked)
+        };
+        let out_of_time = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            result = done => result,
+            () = out_of_time => Err(Missed::Time),
+            () = stopping => Err(Missed::Stopping),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::{pending, ready};
+    use std::sync::mpsc;
+
+    #[tokio::test]
+    async fn work_takes_turns_and_what_finds_no_place_or_no_time_is_told_so() {
+        let turns = Arc::new(Turns::new(2));
+        let (release, held) = mpsc::channel::<()>();
+        let (begun, mut has_begun) = tokio::sync::mpsc::unbounded_channel();
+        let work = move || {
+            begun.send(()).unwrap();
+            held.recv().unwrap();
+            1
+        };
+        let first = tokio::spawn({
+            let turns = Arc::clone(&turns);
+            async move { turns.run(work, None, pending()).await }
+        });
+        has_begun.recv().await.unwrap();
+        // one place is left, whose turn doesn't come
+        let soon = Some(Instant::now() + Duration::from_millis(20));
+        assert!(matches!(turns.run(|| 2, soon, pending()).await, Err(Missed::Time)));
+        assert!(matches!(turns.run(|| 2, None, ready(())).await, Err(Missed::Stopping)));
+        let mut second = Box::pin(turns.run(|| 3, None, pending()));
+        assert!(tokio::time::timeout(Duration::from_millis(20), &mut second).await.is_err());
+        assert!(matches!(turns.run(|| 2, None, pending()).await, Err(Missed::Full)));
+        release.send(()).unwrap();
+        assert_eq!((first.await.unwrap().unwrap(), second.await.unwrap()), (1, 3));
+        // a place that nobody waits in any more is free
+        assert_eq!(turns.run(|| 4, None, pending()).await.unwrap(), 4);
+        assert!(matches!(turns.run(|| panic!("broken"), None, pending()).await, Err::<(), _>(Missed::Panicked(_))));
+        assert_eq!(turns.run(|| 5, None, pending()).await.unwrap(), 5);
+    }
+
+    #[tokio::test]
+    async fn work_that_nobody_waits_for_keeps_its_turn() {
+        let turns = Turns::new(2);
+        let (release, held) = mpsc::channel::<()>();
+        let soon = || Some(Instant::now() + Duration::from_millis(20));
+        assert!(matches!(turns.run(move || held.recv(), soon(), pending()).await, Err(Missed::Time)));
+        assert!(matches!(turns.run(|| (), soon(), pending()).await, Err(Missed::Time)));
+        release.send(()).unwrap();
+        assert!(turns.run(|| (), None, pending()).await.is_ok());
     }
 }

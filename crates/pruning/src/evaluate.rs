@@ -172,7 +172,7 @@ impl<'a> Evaluator<'a> {
                         gains.push(key_tokens::find(decoder, &hidden, tokens, spans)?);
                     }
                     if objective.kind != FitnessKind::Nll {
-                        pack.scoring.refusals = objective.kind == FitnessKind::Draft;
+                        pack.scoring.refusals = objective.for_drafts();
                         pack.scoring.reference = Some(Reference::new(decoder, &hidden, spans)?);
                     }
                     Ok(())

@@ -85,12 +85,17 @@ impl Objective {
     /// [`Error::Option`] for a part of the loss outside of 0 to 1.
     pub fn check(&self) -> Result<()> {
         match self.key_tokens {
-            part if self.kind == FitnessKind::Draft && part > 0.0 => {
+            part if self.for_drafts() && part > 0.0 => {
                 Err(Error::option("--key-tokens", "expected none with --fitness draft: a token is refused or not".to_string()))
             }
             part if (0.0..=1.0).contains(&part) => Ok(()),
             other => Err(Error::option("--key-tokens", format!("expected a part of the loss, 0 to 1, found {other}"))),
         }
+    }
+
+    /// Whether patterns are judged as drafts: agreement and time in one number.
+    pub fn for_drafts(&self) -> bool {
+        self.kind == FitnessKind::Draft
     }
 
     /// The segments of a sequence with this many predicting positions.

@@ -28,7 +28,7 @@ use crate::eval::{self, Perplexity};
 use crate::evaluate::{Evaluator, Sample, Savings, Work};
 use crate::latency;
 use crate::levels::{LevelKey, LevelOptions, Levels, tokens_sha256};
-use crate::objective::{Aggregate, FitnessKind, Objective};
+use crate::objective::{Aggregate, Objective};
 use crate::per_cluster;
 use crate::search::{self, Found, Progress, SearchOptions, Strategy};
 use crate::space::{SearchSpace, SpaceOptions};
@@ -77,9 +77,7 @@ pub struct PruneOptions {
 impl PruneOptions {
     fn check(&self) -> Result<()> {
         self.objective.check()?;
-        if self.objective.kind == FitnessKind::Draft
-            && (self.search.strategy != Strategy::Pareto || self.per_cluster || self.objective.aggregate != Aggregate::Mean)
-        {
+        if self.objective.for_drafts() && (self.search.strategy != Strategy::Pareto || self.per_cluster || self.objective.aggregate != Aggregate::Mean) {
             let message = "finds by itself what a draft may cost: expected no --strategy, --per-cluster or --aggregate beside it";
             return Err(Error::option("--fitness draft", message.to_string()));
         }
@@ -88,7 +86,7 @@ impl PruneOptions {
 
     /// Whether the time of sub-blocks has to be known.
     fn needs_latency(&self) -> bool {
-        self.objective.kind == FitnessKind::Draft || self.space.budgets.iter().any(|b| b.resource == Resource::Latency)
+        self.objective.for_drafts() || self.space.budgets.iter().any(|b| b.resource == Resource::Latency)
     }
 }
 
@@ -287,8 +285,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let work = evaluator.work();
     let mut certificate = None;
     // (an enumeration says nothing of a model whose weights the search changed too)
-    let drafts = options.objective.kind == FitnessKind::Draft;
-    if found.adjustment.is_none() && !drafts && search::count_patterns(&space, options.certify_up_to).is_some() {
+    if found.adjustment.is_none() && !options.objective.for_drafts() && search::count_patterns(&space, options.certify_up_to).is_some() {
         phase.set(Phase::Certificate);
         let (c, best) = search::certify(&mut evaluator, &space, &found, &mut |p| on_step(Step::Certificate(p)))?;
         (certificate, found) = (Some(c), best);
@@ -403,11 +400,12 @@ fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, 
     }
     let without_latency = SpaceOptions { budgets: vec![Budget { resource: Resource::Params, keep: 0.5 }], ..options.space.clone() };
     let widths = SearchSpace::new(inputs.checkpoint.config(), &without_latency, None)?.widths();
-    let drafts = options.objective.kind == FitnessKind::Draft;
     let device = inputs.decoder.device();
     // times are those of what is served: on the CPU that is 8 bits unless one asks for something else
     let served = if device.is_cpu() { Some(inputs.checkpoint.decoder(device, WeightType::Q8_0)?) } else { None };
-    let table = latency::measure(served.as_ref().unwrap_or(inputs.decoder), &widths, drafts, &mut |done, all| on_step(Step::Latency { done, all }))?;
+    let table = latency::measure(served.as_ref().unwrap_or(inputs.decoder), &widths, options.objective.for_drafts(), &mut |done, all| {
+        on_step(Step::Latency { done, all })
+    })?;
     storage::write_json(&path, &table)?;
     Ok(Some(table))
 }
@@ -467,7 +465,7 @@ fn pick(
         Some(other) => evaluator.over(other, |e| e.evaluate(&patterns))?,
         None => evaluator.evaluate(&patterns)?,
     };
-    let drafts = options.objective.kind == FitnessKind::Draft;
+    let drafts = options.objective.for_drafts();
     let drafting: Vec<Option<Drafting>> = patterns.iter().zip(&fitness).map(|(p, f)| if drafts { space.drafting(p, f.loss) } else { None }).collect();
     let losses: Vec<f64> = fitness.iter().zip(&drafting).map(|(f, drafting)| drafting.map_or(f.loss, |d| d.time)).collect();
     let chosen = (0..losses.len()).reduce(|best, other| if losses[other] < losses[best] { other } else { best }).unwrap_or(0);

@@ -10,7 +10,6 @@ use super::seeds::{Sensitivities, seeds};
 use super::{Best, ELITE, Found, Progress, cross, preparing, round_rng, step};
 use crate::Result;
 use crate::evaluate::Evaluator;
-use crate::objective::FitnessKind;
 use crate::space::{Genome, SearchSpace};
 use evop_model::Pattern;
 use rand::Rng;
@@ -74,7 +73,7 @@ pub(super) fn search(
     for i in 0..TARGETS {
         children.extend(seeds(&space.with_first_budget(target(i)), &sensitivities).into_iter().take(SEEDS_EACH));
     }
-    let drafts = evaluator.objective().kind == FitnessKind::Draft;
+    let drafts = evaluator.objective().for_drafts();
     let mut best = Best::of(ELITE);
     let mut seen: BTreeSet<Genome> = BTreeSet::new();
     let mut population: Vec<Point> = Vec::new();
