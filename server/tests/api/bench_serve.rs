@@ -81,3 +81,18 @@ fn a_long_prompt_among_chats_is_measured() {
     let short = bench(&["--intruder-tokens", "700", "--chats", "2", "--chat-tokens", "20", "--rounds", "1"]);
     assert!(!short.status.success() && String::from_utf8_lossy(&short.stderr).contains("a chat ended"));
 }
+
+#[test]
+fn a_prompt_whose_beginning_is_cached_is_answered_sooner() {
+    let data = tempfile::tempdir().unwrap();
+    let server = Server::start_on(data.path(), &[], &[]);
+    let url = format!("http://{}", server.public);
+    let report = report(&bench(&["--url", &url, "--shared-prefix", "640", "--prompt-tokens", "8", "--output-tokens", "2", "--rounds", "3"]));
+    let pairs = report["pairs"].as_array().unwrap();
+    assert_eq!(pairs.len(), 3);
+    let mut ratios: Vec<f64> = pairs.iter().map(|pair| pair["second"].as_f64().unwrap() / pair["first"].as_f64().unwrap()).collect();
+    ratios.sort_by(f64::total_cmp);
+    assert_eq!(report["median_ratio_second"].as_f64().unwrap(), ratios[1]);
+    // 20 blocks of 32 tokens of each pair were found again
+    assert_eq!(server.metric("vllm:prefix_cache_hits_total"), 3.0 * 640.0);
+}

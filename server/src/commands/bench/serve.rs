@@ -3,6 +3,7 @@
 mod client;
 mod intruder;
 mod load;
+mod prefix;
 mod report;
 mod server_state;
 mod workload;
@@ -17,6 +18,7 @@ use client::{End, Target};
 use indicatif::ProgressBar;
 use intruder::{Round, Scenario};
 use load::{Limit, Load};
+use prefix::Pair;
 use report::{Level, LevelReport};
 use serde::Serialize;
 use server_state::ServerState;
@@ -36,6 +38,7 @@ const WARM_UP: u32 = 1 << 20;
     evop bench serve --model ./pruned --concurrency 1,4,16 --prompt-tokens 256\n  \
     evop bench serve --url http://127.0.0.1:8080 --rate 2,4 --seconds 60 --stop-at-eos\n  \
     evop bench serve --model ./SmolLM2 --intruder-tokens 4000 -- --dtype q8_0\n  \
+    evop bench serve --model ./SmolLM2 --shared-prefix 512 --prompt-tokens 16\n  \
     evop bench serve --concurrency 256 --seconds 60 --disconnect 0.3 --slow-readers 0.05 --half-bodies 0.05 -- --max-queue 64")]
 pub struct ServeBenchArgs {
     /// The server; without it one is started for --model, on a free port.
@@ -108,8 +111,14 @@ pub struct ServeBenchArgs {
     /// Tokens that each may make; they hang up when the long prompt is read.
     #[arg(long, value_name = "TOKENS", default_value_t = 1_500, help_heading = "Fairness")]
     pub chat_tokens: usize,
-    /// Arrivals of a long prompt.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Fairness")]
+
+    /// Instead of levels: pairs of requests one after the other, whose prompts share so many tokens and have --prompt-tokens of their own; how much
+    /// sooner does the second answer begin?
+    #[arg(long, value_name = "TOKENS", conflicts_with_all = ["concurrency", "rate", "intruder_tokens", "prompts"], help_heading = "Prefix caching")]
+    pub shared_prefix: Option<usize>,
+
+    /// Arrivals of a long prompt, or pairs of requests.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..), help_heading = "Fairness and prefix caching")]
     pub rounds: u16,
 
     /// Print JSON.
@@ -126,6 +135,11 @@ struct Report {
     rounds: Vec<Round>,
     #[serde(skip_serializing_if = "Option::is_none")]
     median_ratio_p99: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pairs: Vec<Pair>,
+    /// Of the pairs' times to first token, the second's to the first's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    median_ratio_second: Option<f64>,
     /// After a first request, and at the end; `null` of a server without metrics.
     server_before: Option<ServerState>,
     server_after: Option<ServerState>,
@@ -176,14 +190,20 @@ async fn measure(args: &ServeBenchArgs, url: String) -> Result<Report> {
     }
     let server_before = ServerState::read_settled(&url);
     let bar = progress::bar()?;
-    let (levels, rounds) = match args.intruder_tokens {
-        Some(tokens) => (Vec::new(), intrude(args, target, &polite, tokens, &bar).await?),
-        None => (sweep(args, target, workload, &bar).await?, Vec::new()),
-    };
+    let (mut levels, mut rounds, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
+    match (args.intruder_tokens, args.shared_prefix) {
+        (Some(tokens), _) => rounds = intrude(args, target, &polite, tokens, &bar).await?,
+        (None, Some(tokens)) => {
+            let alike = Workload { prompts: Prompts::sharing(tokens, args.prompt_tokens, args.vocab)?, ..polite };
+            pairs = prefix::run(&target, &alike, args.rounds, &bar).await?;
+        }
+        (None, None) => levels = sweep(args, target, workload, &bar).await?,
+    }
     bar.finish_and_clear();
     let median_ratio_p99 = (!rounds.is_empty()).then(|| intruder::median_ratio(&rounds));
+    let median_ratio_second = (!pairs.is_empty()).then(|| prefix::median_ratio(&pairs));
     let server_after = ServerState::read_settled(&url);
-    Ok(Report { url, levels, rounds, median_ratio_p99, server_before, server_after })
+    Ok(Report { url, levels, rounds, median_ratio_p99, pairs, median_ratio_second, server_before, server_after })
 }
 
 async fn sweep(args: &ServeBenchArgs, target: Target, workload: Workload, bar: &ProgressBar) -> Result<Vec<LevelReport>> {
@@ -234,6 +254,9 @@ fn print(args: &ServeBenchArgs, report: &Report) {
     if let Some(tokens) = args.intruder_tokens {
         intruder::print(usize::from(args.chats), tokens, &report.rounds);
     }
+    if let Some(tokens) = args.shared_prefix {
+        prefix::print(tokens, args.prompt_tokens, &report.pairs);
+    }
     match (&report.server_before, &report.server_after) {
         (Some(before), Some(after)) => {
             before.print("server before");
@@ -271,7 +294,16 @@ mod tests {
         let now = std::time::Instant::now();
         let answer = client::Answer { sent: now, end, ended: now, chunks: vec![now], output_tokens: 1, prompt_tokens: 1, slow: false };
         let levels = vec![LevelReport::new(Level::Concurrency(1), Duration::from_secs(1), &[answer])];
-        Report { url: String::new(), levels, rounds: Vec::new(), median_ratio_p99: None, server_before: Some(ServerState::default()), server_after: after }
+        Report {
+            url: String::new(),
+            levels,
+            rounds: Vec::new(),
+            median_ratio_p99: None,
+            pairs: Vec::new(),
+            median_ratio_second: None,
+            server_before: Some(ServerState::default()),
+            server_after: after,
+        }
     }
 
     #[test]
@@ -288,7 +320,14 @@ mod tests {
         Command::command().debug_assert();
         let parse = |arguments: &str| Command::try_parse_from(["serve"].into_iter().chain(arguments.split(' ')));
         assert!(parse("--rate 2,4 --seconds 5 -- --max-queue 3").is_ok());
-        for wrong in ["--rate 2 --concurrency 4", "--seconds 5 --requests 4", "--url http://a --model b", "--url http://a -- --max-queue 3", "--requests 0"] {
+        for wrong in [
+            "--rate 2 --concurrency 4",
+            "--seconds 5 --requests 4",
+            "--url http://a --model b",
+            "--url http://a -- --max-queue 3",
+            "--requests 0",
+            "--shared-prefix 9 --intruder-tokens 9",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

@@ -9,14 +9,16 @@ use std::time::Duration;
 
 /// The first ids of a vocabulary are often special.
 const FIRST_TOKEN: u32 = 16;
+/// The number, beyond all requests', of what the requests of a series share.
+const COMMON: u64 = (1 << 40) - 1;
 /// Longest that a client sits on a body of which it sent half.
 const LONGEST_HALF_BODY: Duration = Duration::from_secs(2);
 
 /// Where prompts come from.
 #[derive(Debug, Clone)]
 pub enum Prompts {
-    /// So many random token ids below a bound.
-    Synthetic { tokens: usize, below: u32 },
+    /// Random token ids below a bound: first those that a series' prompts share, then `tokens` of each one's own.
+    Synthetic { shared: usize, tokens: usize, below: u32 },
     /// These texts, one after the other, from the first again at the end.
     Texts(Vec<String>),
 }
@@ -43,12 +45,24 @@ impl Prompts {
         if tokens == 0 || below <= FIRST_TOKEN {
             bail!("--prompt-tokens {tokens} --vocab {below}: expected at least 1 token, of ids below a number larger than {FIRST_TOKEN}");
         }
-        Ok(Self::Synthetic { tokens, below })
+        Ok(Self::Synthetic { shared: 0, tokens, below })
     }
 
-    fn get(&self, number: u64, rng: &mut ChaCha8Rng) -> Value {
+    /// Synthetic prompts, of which those of one series begin with the same `shared` tokens.
+    ///
+    /// # Errors
+    /// As [`Self::synthetic`].
+    pub fn sharing(shared: usize, tokens: usize, below: u32) -> Result<Self> {
+        Self::synthetic(tokens, below).map(|_| Self::Synthetic { shared, tokens, below })
+    }
+
+    fn get(&self, number: u64, common: &mut ChaCha8Rng, rng: &mut ChaCha8Rng) -> Value {
         match self {
-            Self::Synthetic { tokens, below } => (0..*tokens).map(|_| rng.random_range(FIRST_TOKEN..*below)).collect(),
+            Self::Synthetic { shared, tokens, below } => {
+                let ids = FIRST_TOKEN..*below;
+                let beginning = (0..*shared).map(|_| common.random_range(ids.clone()));
+                beginning.chain((0..*tokens).map(|_| rng.random_range(ids.clone()))).collect()
+            }
             Self::Texts(texts) => texts[(number % texts.len() as u64) as usize].as_str().into(),
         }
     }
@@ -130,10 +144,14 @@ pub struct Workload {
 impl Workload {
     /// The `number`-th request of a series.
     pub fn request(&self, series: u32, number: u64) -> Plan {
-        let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-        rng.set_stream((u64::from(series) << 40) | number);
+        let stream = |number: u64| {
+            let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+            rng.set_stream((u64::from(series) << 40) | number);
+            rng
+        };
+        let mut rng = stream(number);
         let behaviour = self.misbehaviour.choose(self.output_tokens, &mut rng);
-        let prompt = self.prompts.get(number, &mut rng);
+        let prompt = self.prompts.get(number, &mut stream(COMMON), &mut rng);
         Plan { body: self.body(prompt), behaviour }
     }
 
@@ -172,6 +190,16 @@ mod tests {
         assert_ne!(a.body, Workload { seed: 8, ..workload }.request(0, 3).body);
         let body: Value = serde_json::from_str(&a.body).unwrap();
         assert_eq!((body["prompt"].as_array().unwrap().len(), &body["max_tokens"]), (5, &json!(9)));
+    }
+
+    #[test]
+    fn prompts_of_a_series_may_begin_alike() {
+        let workload = Workload { prompts: Prompts::sharing(3, 2, 1_000_000).unwrap(), ..workload(Misbehaviour::default()) };
+        let prompt = |series, number| serde_json::from_str::<Value>(&workload.request(series, number).body).unwrap()["prompt"].as_array().unwrap().clone();
+        let (a, b, other) = (prompt(0, 0), prompt(0, 1), prompt(1, 0));
+        assert_eq!((a.len(), &a[..3]), (5, &b[..3]));
+        assert_ne!(a[3..], b[3..]);
+        assert_ne!(a[..3], other[..3]);
     }
 
     #[test]
