@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Decode and prefill speed beside llama.cpp's, on the same GGUF files, in turns.
 
-usage: compare-llama-cpp.py EVOP LLAMA_BIN_DIRECTORY TYPE[@SHAPE]=FILE.gguf ... [--threads 2] [--rounds 5]
+usage: compare-llama-cpp.py EVOP LLAMA_BIN_DIRECTORY TYPE[@SHAPE]=FILE.gguf ... [--threads 2] [--rounds 5] [--prompt 128]
 
 TYPE is evop's --dtype for that file: q8_0, bf16, f16, f32 or stored. With a SHAPE the file is one of random-gguf.py's, and evop measures random weights of that shape. LLAMA_BIN_DIRECTORY has llama-bench and llama-batched-bench, built on this machine.
-Prints a table of medians: tokens a second of decoding 1, 4 and 16 sequences (128 tokens of prompt, 64 new ones) and of a prompt of 512.
+Prints a table of medians: tokens a second of decoding 1, 4 and 16 sequences (--prompt tokens each, 64 new ones) and of a prompt of 512.
 """
 import argparse
 import json
@@ -24,7 +24,7 @@ def evop(args, kind, file):
     kind, _, shape = kind.partition("@")
     model = ["--random", shape] if shape else ["--model", file]
     common = ["--threads", str(args.threads), *model, "--dtype", kind, "--repeats", "1", "--json"]
-    decode = json.loads(run([args.evop, "bench", "decode", "--batch", ",".join(map(str, BATCHES)), *common]))
+    decode = json.loads(run([args.evop, "bench", "decode", "--batch", ",".join(map(str, BATCHES)), "--prompt", str(args.prompt), *common]))
     prefill = json.loads(run([args.evop, "bench", "prefill", "--length", "512", *common]))
     return [line["tokens_per_second"][0] for line in decode + prefill]
 
@@ -35,10 +35,10 @@ def llama_cpp(args, file):
         command = [os.path.join(args.llama, "llama-bench"), "-m", file, "-t", str(args.threads), "-r", "1", "-o", "json", *options]
         return json.loads(run(command))[0]["avg_ts"]
 
-    batched = run([os.path.join(args.llama, "llama-batched-bench"), "-m", file, "-t", str(args.threads), "-c", "8192", "-npp", "128", "-ntg", "64",
+    batched = run([os.path.join(args.llama, "llama-batched-bench"), "-m", file, "-t", str(args.threads), "-c", "8192", "-npp", str(args.prompt), "-ntg", "64",
                    "-npl", ",".join(map(str, BATCHES[1:])), "--output-format", "jsonl"]).splitlines()
     several = [json.loads(line)["speed_tg"] for line in batched if line.startswith("{")]
-    return [bench("-p", "0", "-n", "64", "-d", "128"), *several, bench("-p", "512", "-n", "0")]
+    return [bench("-p", "0", "-n", "64", "-d", str(args.prompt)), *several, bench("-p", "512", "-n", "0")]
 
 
 def main():
@@ -48,6 +48,7 @@ def main():
     parser.add_argument("files", nargs="+", metavar="TYPE[@SHAPE]=FILE.gguf")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128)
     args = parser.parse_args()
     print("| type | measure | evop | llama.cpp | ratio |\n| --- | --- | --- | --- | --- |")
     for kind, file in (of.split("=", 1) for of in args.files):

@@ -32,7 +32,7 @@ pub(crate) fn attend(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, p
     match q.device() {
         Device::Cpu if q.dtype() == DType::F32 => kernels::attention::attend_tensors(spec, q, k, v, past),
         #[cfg(feature = "flash-attn")]
-        Device::Cuda(_) if matches!(q.dtype(), DType::BF16 | DType::F16) => flash(spec, q, k, v),
+        _ if is_flash(q) => flash(spec, q, k, v),
         _ => reference(spec, q, k, v, past),
     }
 }
@@ -44,7 +44,7 @@ pub(crate) fn attend_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Te
         return kernels::attention::attend_packed(spec, q, k, v, spans);
     }
     #[cfg(feature = "flash-attn")]
-    if q.device().is_cuda() && matches!(q.dtype(), DType::BF16 | DType::F16) {
+    if is_flash(q) {
         return flash_packed(spec, q, k, v, batch);
     }
     let mut outputs = Vec::with_capacity(spans.len());
@@ -55,6 +55,12 @@ pub(crate) fn attend_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Te
         start += span.len;
     }
     Ok(Tensor::cat(&outputs, 0)?)
+}
+
+/// Whether candle-flash-attn has kernels for such queries.
+#[cfg(feature = "flash-attn")]
+pub(crate) fn is_flash(q: &Tensor) -> bool {
+    q.device().is_cuda() && matches!(q.dtype(), DType::BF16 | DType::F16)
 }
 
 #[cfg(feature = "flash-attn")]
@@ -77,6 +83,60 @@ fn flash_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch:
         Some(window) => candle_flash_attn::flash_attn_varlen_windowed(q, k, v, offsets, offsets, longest, longest, spec.scale, Some(window - 1), Some(0))?,
         None => candle_flash_attn::flash_attn_varlen(q, k, v, offsets, offsets, longest, longest, spec.scale, true)?,
     };
+    Ok(out.reshape((q.dim(0)?, spec.heads() * spec.head_dim))?)
+}
+
+/// Where the sequences of a pass lie in a pool of blocks, as the kernel that reads it in place takes it.
+#[cfg(feature = "flash-attn")]
+#[derive(Debug)]
+pub(crate) struct Pages {
+    /// [spans, blocks] u32.
+    table: Tensor,
+    /// [spans + 1] u32: the sequences' lengths, cached tokens and new ones, added up.
+    offsets: Tensor,
+    /// The longest of them.
+    longest: usize,
+}
+
+#[cfg(feature = "flash-attn")]
+impl Pages {
+    /// `tables[i]` are the blocks of sequence i.
+    pub(crate) fn new(tables: &[&[u32]], spans: &[crate::Span], device: &Device) -> Result<Self> {
+        let lengths = || spans.iter().map(|span| span.past + span.len);
+        let longest = lengths().max().unwrap_or(0);
+        let width = longest.div_ceil(crate::BLOCK_TOKENS);
+        // (a shorter sequence's row goes on with a block that isn't read)
+        let table: Vec<u32> = tables.iter().flat_map(|table| table.iter().copied().chain(std::iter::repeat(0)).take(width)).collect();
+        let ends = lengths().scan(0, |end, length| {
+            *end += length as u32;
+            Some(*end)
+        });
+        let offsets: Vec<u32> = std::iter::once(0).chain(ends).collect();
+        Ok(Self { table: Tensor::from_vec(table, (spans.len(), width), device)?, offsets: Tensor::from_vec(offsets, spans.len() + 1, device)?, longest })
+    }
+}
+
+/// All sequences of a pass in one launch; k and v [blocks, 32, kv_groups, d], the new rows among them.
+#[cfg(feature = "flash-attn")]
+pub(crate) fn attend_pages(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, pages: &Pages) -> Result<Tensor> {
+    let longest = batch.spans().iter().map(|s| s.len).max().unwrap_or(0);
+    let left = spec.window.map(|window| window - 1);
+    let out = candle_flash_attn::flash_attn_varlen_paged_windowed(
+        q,
+        k,
+        v,
+        &batch.offsets,
+        &pages.offsets,
+        &pages.table,
+        None,
+        longest,
+        pages.longest,
+        spec.scale,
+        left,
+        Some(0),
+        crate::BLOCK_TOKENS,
+        None,
+    )?;
     Ok(out.reshape((q.dim(0)?, spec.heads() * spec.head_dim))?)
 }
 

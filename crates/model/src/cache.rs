@@ -151,15 +151,62 @@ fn in_small_pages(_data: *mut u8, _bytes: usize) {}
 pub struct PagedCache<'p> {
     pool: &'p mut KvPool,
     tables: Vec<&'p [u32]>,
-    /// Where the new rows of a part of the pass go, and per sequence where its rows lie, by the part's first span and their number; the same in every
-    /// layer. For [`Store::Device`].
+    /// Where the rows of a part of the pass lie, by the part's first span and their number; the same in every layer. For [`Store::Device`].
     slots: HashMap<(usize, usize), Slots>,
 }
 
+/// Where rows of a part of a pass lie in a [`Store::Device`]. What a layer asks for is made once.
 #[derive(Debug)]
 struct Slots {
-    new: Vec<u32>,
-    held: Vec<Tensor>,
+    /// [tokens] u32: of the new rows.
+    new: Tensor,
+    /// The same for each of a row's numbers, [tokens, width] u32, by width.
+    new_numbers: HashMap<usize, Tensor>,
+    held: Option<Held>,
+}
+
+/// All rows of a part's sequences.
+#[derive(Debug)]
+enum Held {
+    /// Per sequence [past + len] u32, to be gathered.
+    Rows(Vec<Tensor>),
+    /// For a kernel that reads them in place.
+    #[cfg(feature = "flash-attn")]
+    Pages(attention::Pages),
+}
+
+impl Slots {
+    fn new(tables: &[&[u32]], batch: &Batch, device: &Device) -> Result<Self> {
+        let new: Vec<u32> = PagedCache::positions(batch).map(|(s, p)| slot(tables[s], p) as u32).collect();
+        let new = Tensor::from_vec(new, batch.tokens(), device)?;
+        Ok(Self { new, new_numbers: HashMap::new(), held: None })
+    }
+
+    fn new_numbers(&mut self, width: usize) -> Result<&Tensor> {
+        match self.new_numbers.entry(width) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(unknown) => Ok(unknown.insert(self.new.unsqueeze(1)?.broadcast_as((self.new.dim(0)?, width))?.contiguous()?)),
+        }
+    }
+
+    fn held(&mut self, tables: &[&[u32]], batch: &Batch, q: &Tensor) -> Result<&Held> {
+        let held = match self.held.take() {
+            Some(held) => held,
+            #[cfg(feature = "flash-attn")]
+            None if attention::is_flash(q) => Held::Pages(attention::Pages::new(tables, batch.spans(), q.device())?),
+            None => Held::Rows(rows(tables, batch, q.device())?),
+        };
+        Ok(self.held.insert(held))
+    }
+}
+
+/// Where each sequence's rows lie, [past + len] u32 each.
+fn rows(tables: &[&[u32]], batch: &Batch, device: &Device) -> Result<Vec<Tensor>> {
+    let of = |(table, span): (&&[u32], &crate::Span)| -> Result<Tensor> {
+        let slots: Vec<u32> = (0..span.past + span.len).map(|p| slot(table, p) as u32).collect();
+        Ok(Tensor::from_vec(slots, span.past + span.len, device)?)
+    };
+    tables.iter().zip(batch.spans()).map(of).collect()
 }
 
 impl<'p> PagedCache<'p> {
@@ -229,6 +276,21 @@ fn attend_blocks(spec: &AttentionSpec, q: &Tensor, tables: &[&[u32]], batch: &Ba
     kernels::attention::attend(spec, q, &sequences)
 }
 
+/// Attention over rows of keys and values [rows, groups * d] that are gathered first, `held` for each sequence.
+fn attend_rows(spec: &AttentionSpec, q: &Tensor, [k, v]: [&Tensor; 2], groups: usize, held: &[Tensor], batch: &Batch) -> Result<Tensor> {
+    let mut outputs = Vec::with_capacity(held.len());
+    let mut start = 0;
+    for (held, span) in held.iter().zip(batch.spans()) {
+        let rows = |of: &Tensor| -> Result<Tensor> {
+            let rows = of.index_select(held, 0)?.reshape((span.past + span.len, groups, spec.head_dim))?;
+            Ok(rows.narrow(1, 0, spec.kv_groups)?.contiguous()?)
+        };
+        outputs.push(attention::attend(spec, &q.narrow(0, start, span.len)?, &rows(k)?, &rows(v)?, span.past)?);
+        start += span.len;
+    }
+    Ok(Tensor::cat(&outputs, 0)?)
+}
+
 impl KvCache for PagedCache<'_> {
     fn attend(&mut self, layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(layer, spec, batch)?;
@@ -254,34 +316,25 @@ impl KvCache for PagedCache<'_> {
                 let tokens = batch.tokens();
                 let slots = match self.slots.entry((first, batch.spans().len())) {
                     Entry::Occupied(known) => known.into_mut(),
-                    Entry::Vacant(unknown) => {
-                        let new = Self::positions(batch).map(|(s, p)| slot(tables[s], p) as u32).collect();
-                        let of = |(table, span): (&&[u32], &crate::Span)| -> Result<Tensor> {
-                            let slots: Vec<u32> = (0..span.past + span.len).map(|p| slot(table, p) as u32).collect();
-                            Ok(Tensor::from_vec(slots, span.past + span.len, q.device())?)
-                        };
-                        unknown.insert(Slots { new, held: tables.iter().zip(batch.spans()).map(of).collect::<Result<_>>()? })
-                    }
+                    Entry::Vacant(unknown) => unknown.insert(Slots::new(tables, batch, q.device())?),
                 };
-                let index: Vec<u32> = slots.new.iter().flat_map(|slot| std::iter::repeat_n(*slot, groups * d)).collect();
-                let index = Tensor::from_vec(index, (tokens, groups * d), q.device())?;
+                let index = slots.new_numbers(groups * d)?;
                 for (rows, new) in [(&*keys, k), (&*values, v)] {
                     let width = spec.kv_groups * d;
                     // (a narrower attention leaves the pool's last groups unused)
                     let new = new.reshape((tokens, width))?.pad_with_zeros(1, 0, groups * d - width)?.contiguous()?;
-                    rows.scatter_set(&index, &new, 0)?;
+                    rows.scatter_set(index, &new, 0)?;
                 }
-                let mut outputs = Vec::with_capacity(slots.held.len());
-                let mut start = 0;
-                for (held, span) in slots.held.iter().zip(batch.spans()) {
-                    let rows = |of: &Tensor| -> Result<Tensor> {
-                        let rows = of.index_select(held, 0)?.reshape((span.past + span.len, groups, d))?;
-                        Ok(rows.narrow(1, 0, spec.kv_groups)?.contiguous()?)
-                    };
-                    outputs.push(attention::attend(spec, &q.narrow(0, start, span.len)?, &rows(keys)?, &rows(values)?, span.past)?);
-                    start += span.len;
+                match slots.held(tables, batch, q)? {
+                    Held::Rows(held) => attend_rows(spec, q, [keys, values], groups, held, batch),
+                    #[cfg(feature = "flash-attn")]
+                    Held::Pages(pages) => {
+                        let blocks = |rows: &Tensor| -> Result<Tensor> {
+                            Ok(rows.reshape((rows.dim(0)? / BLOCK_TOKENS, BLOCK_TOKENS, groups, d))?.narrow(2, 0, spec.kv_groups)?)
+                        };
+                        attention::attend_pages(spec, q, &blocks(keys)?, &blocks(values)?, batch, pages)
+                    }
                 }
-                Ok(Tensor::cat(&outputs, 0)?)
             }
         }
     }

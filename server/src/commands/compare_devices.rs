@@ -41,14 +41,24 @@ pub fn run(args: &CompareDevicesArgs) -> Result<()> {
         let largest = expected.iter().flatten().zip(found.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         let argmax = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
         let agreeing = expected.iter().zip(&found).filter(|(a, b)| argmax(a) == argmax(b)).count();
+        let paged = paged(&decoder, &tokens)?;
+        let unlike_paged = found.iter().flatten().zip(paged.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let agreeing_paged = found.iter().zip(&paged).filter(|(a, b)| argmax(a) == argmax(b)).count();
         let equal_tokens = expected_tokens.iter().zip(&found_tokens).take_while(|(a, b)| a == b).count();
         println!(
             "{}",
             json!({ "model": checkpoint.path(), "device": args.model.device.to_string(), "dtype": format!("{dtype:?}"), "largest_logit_difference": largest,
-                    "rows": tokens.len(), "rows_with_the_same_argmax": agreeing, "greedy_tokens": args.generated, "greedy_tokens_equal_from_the_start": equal_tokens })
+                    "rows": tokens.len(), "rows_with_the_same_argmax": agreeing,
+                    "largest_difference_paged": unlike_paged, "rows_with_the_same_argmax_paged": agreeing_paged, "greedy_tokens": args.generated, "greedy_tokens_equal_from_the_start": equal_tokens })
         );
         if dtype == DType::F32 && (largest > F32_TOLERANCE || equal_tokens < args.generated) {
             failed.push(format!("{dtype:?}: logits differ by {largest}, {equal_tokens} of {} greedy tokens agree", args.generated));
+        }
+        if agreeing_paged * 10 < tokens.len() * 9 || (dtype == DType::F32 && unlike_paged > F32_TOLERANCE) {
+            failed.push(format!(
+                "{dtype:?}: out of a paged cache logits differ by {unlike_paged}, and {agreeing_paged} of {} rows have the same argmax",
+                tokens.len()
+            ));
         }
     }
     if failed.is_empty() { Ok(()) } else { bail!("the devices disagree: {}", failed.join("; ")) }
@@ -57,6 +67,21 @@ pub fn run(args: &CompareDevicesArgs) -> Result<()> {
 fn logits(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
     let batch = decoder.batch(&[Span::prompt(tokens.len())])?;
     Ok(decoder.logits(&decoder.forward(tokens, &batch, &mut NoCache)?)?.to_vec2()?)
+}
+
+/// The same logits out of a cache, which is filled in pieces, beside another sequence.
+fn paged(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+    const PIECE: usize = 45;
+    let other: Vec<u32> = tokens.iter().rev().copied().collect();
+    let mut cache = FixedCache::new(decoder.config(), decoder.dtype(), decoder.device(), &[other.len(), tokens.len()])?;
+    let mut rows = Vec::with_capacity(tokens.len());
+    for past in (0..tokens.len()).step_by(PIECE) {
+        let piece = past..tokens.len().min(past + PIECE);
+        let batch = decoder.batch(&[Span { past, len: piece.len() }; 2])?;
+        let hidden = decoder.forward(&[&other[piece.clone()], &tokens[piece.clone()]].concat(), &batch, &mut cache.of([0, 1]))?;
+        rows.extend(decoder.logits(&hidden.narrow(0, piece.len(), piece.len())?)?.to_vec2::<f32>()?);
+    }
+    Ok(rows)
 }
 
 fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
@@ -71,4 +96,18 @@ fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Result<Vec<u32>> {
         generated.push(token);
     }
     Ok(generated)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn logits_out_of_a_cache_are_those_without_one() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+        let checkpoint = evop_model::Checkpoint::open(std::path::Path::new(directory)).unwrap();
+        let decoder = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
+        let tokens: Vec<u32> = (40..140).collect();
+        assert_eq!(logits(&decoder, &tokens).unwrap(), paged(&decoder, &tokens).unwrap());
+    }
 }

@@ -205,38 +205,48 @@ pub(super) mod vnni {
     /// [`available`] must be true.
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
     pub unsafe fn groups(x: &Activations, tokens: Range<usize>, product: &Product<'_>, groups: Range<usize>) {
+        let passes = tokens.len() / 8 + (tokens.len() % 8).count_ones() as usize;
         for group in groups {
             let (mut token, tokens) = (tokens.start, tokens.end);
+            let mut pass = 0;
             // SAFETY: the features are those of this function
             unsafe {
                 while token + 8 <= tokens {
-                    some::<8>(x, token, product, group);
-                    token += 8;
+                    some::<8>(x, token, product, group, (pass, passes));
+                    (token, pass) = (token + 8, pass + 1);
                 }
                 if token + 4 <= tokens {
-                    some::<4>(x, token, product, group);
-                    token += 4;
+                    some::<4>(x, token, product, group, (pass, passes));
+                    (token, pass) = (token + 4, pass + 1);
                 }
                 if token + 2 <= tokens {
-                    some::<2>(x, token, product, group);
-                    token += 2;
+                    some::<2>(x, token, product, group, (pass, passes));
+                    (token, pass) = (token + 2, pass + 1);
                 }
                 if token < tokens {
-                    some::<1>(x, token, product, group);
+                    some::<1>(x, token, product, group, (pass, passes));
                 }
             }
         }
     }
 
-    /// A group's rows for T tokens.
+    /// A group's rows for T tokens, which is one of several passes over the group. Weights are asked for before they are needed: loads alone, which wait for
+    /// their data in order, leave the memory idle. Of several passes each asks for a part of the next group, an only one for what is a few blocks ahead.
     ///
     /// # Safety
     /// As [`groups`].
     #[target_feature(enable = "avx512f,avx512dq,avx512bw,avx512vnni,f16c,avx2,fma")]
-    unsafe fn some<const T: usize>(x: &Activations, token: usize, product: &Product<'_>, group: usize) {
+    unsafe fn some<const T: usize>(x: &Activations, token: usize, product: &Product<'_>, group: usize, (pass, passes): (usize, usize)) {
         let mut totals = [_mm512_setzero_ps(); T];
+        let asked = LINES.div_ceil(passes);
+        let ahead = if passes == 1 { LINES * (T + 1) } else { product.weights.row_steps * LINES + pass * x.blocks * asked };
+        // (beyond the last group it may be anywhere: asking is no reading)
+        let ahead = product.weights.step(group, 0).as_ptr().wrapping_add(ahead);
         for block in 0..x.blocks {
             let (lines, scales) = (&product.weights.step(group, block)[..LINES], product.weights.scales(group, block));
+            for i in block * asked..(block + 1) * asked {
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(i).cast());
+            }
             // SAFETY: sixteen scales, and lines of 64 bytes
             let (scales, weights): (__m512, [__m512i; LINES]) = unsafe {
                 (_mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())), std::array::from_fn(|i| _mm512_load_si512((&raw const lines[i]).cast())))
