@@ -154,6 +154,8 @@ impl Tiles {
         let a = [x.tiles[first..].as_ptr(), x.tiles[first + x.steps..].as_ptr()];
         // (where there is one group only, it is computed twice)
         let b = [group, if outputs > TILE { group + 1 } else { group }].map(|g| weights.step(g, 0).as_ptr());
+        // what all tokens read in one pass comes from memory
+        let four = if x.tokens <= BLOCK { four::<true> } else { four::<false> };
         if tokens == BLOCK && outputs == BLOCK {
             // SAFETY: as this function's
             return unsafe { four(a, b.map(<*const _>::cast), x.steps, out, out_stride) };
@@ -169,11 +171,15 @@ impl Tiles {
     }
 }
 
-/// Two by two tiles of results, `c` [2 x 16 tokens][2 x 16 outputs], rows `c_stride` apart.
+/// Bytes between what is asked for and what is loaded: two tiles.
+const AHEAD: usize = 2048;
+
+/// Two by two tiles of results, `c` [2 x 16 tokens][2 x 16 outputs], rows `c_stride` apart. With `STREAMS`, `b` is asked for some tiles ahead: loads alone, which
+/// wait for their data in order, leave the memory idle.
 ///
 /// # Safety
 /// The tiles must be configured; `a` and `b` must be `steps` tiles each, `c` writable.
-unsafe fn four(a: [*const Tile; 2], b: [*const Tile; 2], steps: usize, c: *mut f32, c_stride: usize) {
+unsafe fn four<const STREAMS: bool>(a: [*const Tile; 2], b: [*const Tile; 2], steps: usize, c: *mut f32, c_stride: usize) {
     // SAFETY: as this function's
     unsafe {
         asm!(
@@ -184,6 +190,12 @@ unsafe fn four(a: [*const Tile; 2], b: [*const Tile; 2], steps: usize, c: *mut f
             "test {n}, {n}",
             "jz 3f",
             "2:",
+            ".if {streams}",
+            ".irp line, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+            "prefetcht0 [{b0} + {ahead} + 64 * \\line]",
+            "prefetcht0 [{b1} + {ahead} + 64 * \\line]",
+            ".endr",
+            ".endif",
             "tileloadd tmm4, [{a0} + {line} * 1]",
             "tileloadd tmm6, [{b0} + {line} * 1]",
             "tileloadd tmm7, [{b1} + {line} * 1]",
@@ -208,6 +220,8 @@ unsafe fn four(a: [*const Tile; 2], b: [*const Tile; 2], steps: usize, c: *mut f
             b0 = inout(reg) b[0] => _,
             b1 = inout(reg) b[1] => _,
             line = in(reg) 64usize,
+            streams = const STREAMS as usize,
+            ahead = const AHEAD,
             n = inout(reg) steps => _,
             c0 = in(reg) c,
             c1 = in(reg) c.wrapping_add(TILE * c_stride),
