@@ -4,7 +4,7 @@
 
 use super::elementwise::widest;
 use super::ggml::{BlockType, Layout};
-use super::packed::{GROUP, Line, Product, STEP, Weights, each_groups};
+use super::packed::{GROUP, Line, Product, STEP, Weights, ask, each_groups};
 use super::q8::{Activations, Kernel};
 use half::f16;
 use std::ops::Range;
@@ -34,6 +34,7 @@ impl Wide {
     fn fill(&mut self, weights: &Weights<'_>, layout: &Layout, group: usize, from: usize, count: usize, factors: impl Factors) {
         for step in 0..count {
             let (lines, to) = (weights.step(group, from + step), &mut self.lines[step * WIDE..][..WIDE]);
+            (CHUNK * layout.bits..(CHUNK + 1) * layout.bits).for_each(|i| ask(lines.as_ptr().wrapping_add(i)));
             match layout.bits {
                 2 => widen::<2>(lines, to),
                 3 => widen::<3>(lines, to),

@@ -4,7 +4,7 @@
 //! For one token this is as fast as memory gives the weights. Many tokens share a widened weight, twelve at a time, so that the multiply-adds are the bound, as
 //! in f32. Tiles of bf16 would need an f16 weight and an activation in two and three parts to be as exact, which is most of what they would gain.
 
-use super::packed::{GROUP, Line, Product, STEP, each_groups};
+use super::packed::{GROUP, Line, Product, STEP, ask, each_groups};
 use half::f16;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -152,7 +152,7 @@ mod avx2 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{GROUP, Product};
+    use super::{GROUP, LINES, Line, Product, ask};
     use std::arch::x86_64::*;
     use std::ops::Range;
 
@@ -216,6 +216,9 @@ mod avx512 {
         for input in 0..k {
             // SAFETY: an input's sixteen weights are 32 bytes; T rows of x
             unsafe {
+                if input.is_multiple_of(2) {
+                    lines.iter().for_each(|lines| ask(lines.wrapping_add(input).cast::<Line>().wrapping_add(LINES)));
+                }
                 let weights: [__m512; G] = std::array::from_fn(|g| _mm512_cvtph_ps(_mm256_load_si256(lines[g].add(input))));
                 for (t, total) in totals.iter_mut().enumerate() {
                     let x = _mm512_set1_ps(*x.add(t * k + input));

@@ -4,7 +4,7 @@
 //! The weights lie as vector instructions take them: sixteen rows side by side, four inputs of each at a time, as unsigned numbers (128 added),
 //! for VNNI's and AMX's products of unsigned by signed bytes.
 
-use super::packed::{GROUP, Line, Product, STEP as BLOCK, each_groups};
+use super::packed::{GROUP, Line, Product, STEP as BLOCK, ask, each_groups};
 use super::{dot, elementwise::widest, team};
 use half::f16;
 use rayon::prelude::*;
@@ -193,7 +193,7 @@ fn sum_block_body(lines: &[Line], scales: &[f16; GROUP], numbers: &[i8], scale: 
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod vnni {
-    use super::{Activations, BLOCK, GROUP, LINES, Product};
+    use super::{Activations, BLOCK, GROUP, LINES, Product, ask};
     use std::arch::x86_64::*;
     use std::ops::Range;
 
@@ -230,8 +230,8 @@ pub(super) mod vnni {
         }
     }
 
-    /// A group's rows for T tokens, which is one of several passes over the group. Weights are asked for before they are needed: loads alone, which wait for
-    /// their data in order, leave the memory idle. Of several passes each asks for a part of the next group, an only one for what is a few blocks ahead.
+    /// A group's rows for T tokens, which is one of several passes over the group. Of several passes each asks for a part of the next group, an only one for
+    /// what is a few blocks ahead.
     ///
     /// # Safety
     /// As [`groups`].
@@ -244,9 +244,7 @@ pub(super) mod vnni {
         let ahead = product.weights.step(group, 0).as_ptr().wrapping_add(ahead);
         for block in 0..x.blocks {
             let (lines, scales) = (&product.weights.step(group, block)[..LINES], product.weights.scales(group, block));
-            for i in block * asked..(block + 1) * asked {
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(i).cast());
-            }
+            (block * asked..(block + 1) * asked).for_each(|i| ask(ahead.wrapping_add(i)));
             // SAFETY: sixteen scales, and lines of 64 bytes
             let (scales, weights): (__m512, [__m512i; LINES]) = unsafe {
                 (_mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())), std::array::from_fn(|i| _mm512_load_si512((&raw const lines[i]).cast())))

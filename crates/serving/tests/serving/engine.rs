@@ -384,16 +384,20 @@ fn draining_finishes_what_there_is_and_refuses_the_rest() {
 
 #[test]
 fn stopping_ends_running_and_queued_requests() {
-    let engine = start(EngineConfig { max_concurrent: 1, ..defaults() });
-    let mut running = engine.submit(request(prompt("Once"), greedy(1000))).unwrap();
+    let engine = start(EngineConfig { max_concurrent: 16, ..defaults() });
+    // sixteen together take seconds, however late this thread comes to stop them
+    let mut running = engine.submit(Request { n: 16, ..request(prompt("Once"), greedy(1000)) }).unwrap();
     let queued = engine.submit(Request { n: 2, ..request(prompt("Once"), greedy(1000)) }).unwrap();
     running.blocking_next().unwrap();
     engine.stop();
-    let mut last = None;
+    let mut ends = Vec::new();
     while let Some(output) = running.blocking_next() {
-        last = Some(output.kind);
+        if let OutputKind::Finished { reason, usage, .. } = output.kind {
+            ends.push((reason, usage.completion_tokens));
+        }
     }
-    assert!(matches!(last, Some(OutputKind::Finished { reason: FinishReason::Cancelled, usage, .. }) if usage.completion_tokens > 0));
+    assert!(ends.len() == 16 && ends.iter().all(|(reason, _)| *reason == FinishReason::Cancelled), "{ends:?}");
+    assert!(ends.iter().any(|(_, tokens)| *tokens > 0), "{ends:?}");
     for choice in collect(queued, 2) {
         assert_eq!(choice.end.unwrap().0, FinishReason::Cancelled);
     }
