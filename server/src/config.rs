@@ -97,7 +97,7 @@ pub struct ServeConfig {
     #[arg(long, env = "EVOP_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = at_least_one, help_heading = "Limits")]
     pub max_batch_tokens: Option<usize>,
     /// How many times as long as without prompts a step may take while answers stream: prompts are read in chunks that small. 0 = chunks of --max-batch-tokens, which reads prompts fastest and makes answers wait for them.
-    #[arg(long, env = "EVOP_DECODE_SLOWDOWN", value_name = "FACTOR", default_value_t = 2.0, value_parser = slowdown, help_heading = "Limits")]
+    #[arg(long, env = "EVOP_DECODE_SLOWDOWN", value_name = "FACTOR", default_value_t = 1.8, value_parser = slowdown, help_heading = "Limits")]
     pub decode_slowdown: f64,
     /// Memory for keys and values, for example 2GiB, taken from the system as it is used; prompts that begin alike share it. [default: what the concurrent sequences need, at most a quarter of what is free]
     #[arg(long, env = "EVOP_KV_MEMORY", value_name = "SIZE", help_heading = "Limits")]

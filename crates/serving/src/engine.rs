@@ -53,7 +53,7 @@ impl EngineConfig {
         let kv_dtype = decoder.dtype();
         let one = max_model_len * decoder.config().kv_bytes_per_token(kv_dtype.size_in_bytes());
         let kv_budget_bytes = (max_concurrent * one).min(DEFAULT_KV_BUDGET_BYTES).max(one);
-        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, decode_slowdown: Some(2.0), max_model_len, kv_budget_bytes, kv_dtype, speculation: None }
+        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, decode_slowdown: Some(1.8), max_model_len, kv_budget_bytes, kv_dtype, speculation: None }
     }
 
     fn validate(&self, members: usize) -> Result<(), Error> {
