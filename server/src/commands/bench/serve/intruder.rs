@@ -5,6 +5,7 @@
 use super::client::{Answer, End, Target};
 use super::report::Percentiles;
 use super::workload::Workload;
+use crate::commands::bench::spread;
 use anyhow::{Result, bail};
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -148,9 +149,7 @@ pub fn print(chats: usize, intruder_tokens: usize, rounds: &[Round]) {
     println!("median ratio of the 99th percentiles: {:.2}x", median_ratio(rounds));
 }
 
-/// The middle round's.
+/// The middle round's, of one at least.
 pub fn median_ratio(rounds: &[Round]) -> f64 {
-    let mut ratios: Vec<f64> = rounds.iter().map(|r| r.ratio_p99).collect();
-    ratios.sort_by(f64::total_cmp);
-    ratios.get(ratios.len() / 2).copied().unwrap_or(f64::NAN)
+    spread(rounds.iter().map(|r| r.ratio_p99).collect())[0]
 }

@@ -2,6 +2,7 @@
 
 use super::client::{End, Target};
 use super::workload::Workload;
+use crate::commands::bench::spread;
 use anyhow::{Result, bail};
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -36,11 +37,9 @@ async fn ask(target: &Target, workload: &Workload, series: u32, number: u64) -> 
     }
 }
 
-/// The middle pair's time to first token of the second request, as a part of the first's.
+/// The middle pair's time to first token of the second request, as a part of the first's; of one pair at least.
 pub fn median_ratio(pairs: &[Pair]) -> f64 {
-    let mut ratios: Vec<f64> = pairs.iter().map(|pair| pair.second / pair.first).collect();
-    ratios.sort_by(f64::total_cmp);
-    ratios.get(ratios.len() / 2).copied().unwrap_or(f64::NAN)
+    spread(pairs.iter().map(|pair| pair.second / pair.first).collect())[0]
 }
 
 /// The pairs as a table.
@@ -50,5 +49,6 @@ pub fn print(shared: usize, own: usize, pairs: &[Pair]) {
     for (number, pair) in pairs.iter().enumerate() {
         println!("{:>7}{:>12.1}{:>12.1}{:>9.3}", number + 1, pair.first, pair.second, pair.second / pair.first);
     }
-    println!("median ratio: {:.3}, 1/{:.1}", median_ratio(pairs), median_ratio(pairs).recip());
+    let median = median_ratio(pairs);
+    println!("median ratio: {median:.3}, 1/{:.1}", median.recip());
 }
