@@ -186,11 +186,10 @@ impl Engine {
                     Err(RecvTimeoutError::Disconnected) => Err(TryRecvError::Disconnected),
                 }
             };
-            if self.shared.stopping.load(SeqCst) {
-                return false;
-            }
             match received {
+                // even when the engine is to end: what was taken off the channel is owed an end of its own
                 Ok(Command::Submit(group, output)) => self.scheduler.enqueue(group, output),
+                _ if self.shared.stopping.load(SeqCst) => return false,
                 Ok(Command::Wake) => {}
                 Err(_) if self.scheduler.has_work() => return true,
                 Err(TryRecvError::Disconnected) => return false,
