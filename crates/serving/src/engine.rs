@@ -46,7 +46,7 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
-    /// 32 sequences, 256 waiting, 512 tokens a step, twice as long a step with prompts as without, the model's whole context, and memory for all of that up to 4 GiB.
+    /// 32 sequences, 256 waiting, 512 tokens a step, 1.8 times as long a step with prompts as without, the model's whole context, and memory for all of that up to 4 GiB.
     pub fn for_decoder(decoder: &Decoder) -> Self {
         let max_model_len = decoder.config().max_position_embeddings;
         let max_concurrent = 32;

@@ -1,7 +1,7 @@
 //! Thinner forms of a model beside it in one engine, and as its drafters.
 
 use crate::engine::{DECODER, collect, prompt, request};
-use evop_model::{Elastic, Gene, Pattern, Widths};
+use evop_model::{Elastic, Gene, NoCache, Pattern, Span, Widths};
 use evop_serving::{Engine, EngineConfig, EngineHandle, Request, SamplingParams, Speculation, SubmitError};
 
 /// Two patterns: an attention and two MLPs gone; much more gone.
@@ -98,6 +98,68 @@ fn drafts_change_nothing_but_the_number_of_passes() {
         assert!(stats.draft_tokens > 50 && stats.accepted_tokens > 0 && stats.accepted_tokens < stats.draft_tokens, "{stats:?}");
         assert_eq!((stats.kv_blocks_used, stats.running), (0, 0));
     }
+}
+
+/// Pearson's test of what is sampled among drafts: three tokens of four allowed ones, counted against the probabilities of a plain forward pass.
+#[test]
+fn what_is_sampled_among_drafts_has_the_probabilities_of_the_model() {
+    const CHOICES: usize = 64;
+    let start_of = prompt(TEXTS[2]);
+    let next = |prompt: &[u32]| -> Vec<f32> {
+        let batch = DECODER.batch(&[Span::prompt(prompt.len())]).unwrap();
+        let hidden = DECODER.forward(prompt, &batch, &mut NoCache).unwrap();
+        DECODER.logits(&hidden).unwrap().to_vec2().unwrap().remove(prompt.len() - 1)
+    };
+    let logits = next(&start_of);
+    let mut likely: Vec<u32> = (0..).take(logits.len()).collect();
+    likely.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+    let allowed = &likely[..4];
+
+    let mut expected = vec![(Vec::new(), 1.0)];
+    for _ in 0..3 {
+        expected = expected
+            .iter()
+            .flat_map(|(tokens, probability): &(Vec<u32>, f64)| {
+                let logits = next(&[&start_of[..], tokens].concat());
+                let weights = allowed.iter().map(|t| f64::from(logits[*t as usize]).exp());
+                let total: f64 = weights.clone().sum();
+                allowed.iter().zip(weights).map(|(t, weight)| ([&tokens[..], &[*t]].concat(), probability * weight / total)).collect::<Vec<_>>()
+            })
+            .collect();
+    }
+
+    let (mut counts, mut accepted, mut refused) = (vec![0_usize; expected.len()], 0, 0);
+    for round in 0..6 {
+        // (drafts are made where every sequence decodes: all choices read the prompt in one step)
+        let speculation = Some(Speculation { member: 2, most: 2 });
+        let engine = start(EngineConfig { speculation, max_concurrent: CHOICES, max_batch_tokens: 4096, decode_slowdown: None, ..defaults() });
+        let ask = |max_tokens, seed| {
+            let allowed_token_ids = Some(allowed.to_vec());
+            let params = SamplingParams { max_tokens, seed: Some(seed), allowed_token_ids, ignore_eos: true, ..SamplingParams::default() };
+            collect(engine.submit(Request { n: CHOICES, ..request(start_of.clone(), params) }).unwrap(), CHOICES)
+        };
+        // a new engine goes some steps without drafts first; then it tries them
+        ask(10, 0);
+        for seed in 0..8 {
+            for choice in ask(3, 1 + round * 8 + seed) {
+                counts[expected.iter().position(|(tokens, _)| *tokens == choice.tokens).unwrap()] += 1;
+            }
+        }
+        let stats = engine.stats();
+        accepted += stats.accepted_tokens;
+        refused += stats.draft_tokens - stats.accepted_tokens;
+    }
+    assert!(accepted > 500 && refused > 250, "{accepted} accepted, {refused} refused");
+    // cells of which fewer than five samples are expected are taken together
+    let samples = counts.iter().sum::<usize>() as f64;
+    let cells = expected.iter().zip(&counts).map(|((_, p), count)| (samples * p, *count as f64));
+    let (common, rare): (Vec<_>, Vec<_>) = cells.partition(|(expected, _)| *expected >= 5.0);
+    let rest = rare.iter().fold((0.0, 0.0), |sum, cell| (sum.0 + cell.0, sum.1 + cell.1));
+    let statistic: f64 = common.iter().chain([&rest]).map(|(expected, count)| (count - expected).powi(2) / expected).sum();
+    // 1 in 1,000 is above this (Wilson and Hilferty's approximation)
+    let freedom = common.len() as f64;
+    let bound = freedom * (1.0 - 2.0 / (9.0 * freedom) + 3.09 * (2.0 / (9.0 * freedom)).sqrt()).powi(3);
+    assert!(freedom > 20.0 && statistic < bound, "{statistic} with {freedom} degrees of freedom: {counts:?}");
 }
 
 #[test]
