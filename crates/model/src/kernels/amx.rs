@@ -1,19 +1,12 @@
 //! bf16 x bf16 -> f32 products on AMX tiles (Intel, from Sapphire Rapids on): 16 x 16 results from 32 products each, an instruction. A result is the
 //! sum over k in order, 32 at a time, whatever tokens are beside it.
 
-use super::packed::{GROUP, STEP, Weights};
-use super::team;
+use super::bf16_blocks::{Activations, BLOCK, TILE, Tile};
+use super::packed::Weights;
 use std::arch::asm;
-use std::arch::x86_64::*;
+use std::arch::x86_64::__cpuid_count;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
-
-/// Rows and columns of a tile of results.
-const TILE: usize = GROUP;
-/// Tokens and outputs that are computed together: two by two tiles.
-pub(super) const BLOCK: usize = 2 * TILE;
-/// Tokens below which one thread tiles them all.
-const SERIAL_BELOW: usize = 2 * BLOCK;
 
 /// Whether the processor has tiles of bf16 and the system lets this process use them.
 pub(super) fn available() -> bool {
@@ -21,7 +14,7 @@ pub(super) fn available() -> bool {
     *ANSWER.get_or_init(|| {
         /// Linux asks that a process requests the tiles' state (18) before it uses them.
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-        let has = has_feature(22) && has_feature(24) && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16");
+        let has = has_feature(22) && has_feature(24) && super::dpbf16::available();
         // SAFETY: a request that changes nothing but the permission
         has && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, 18) } == 0
     })
@@ -37,70 +30,6 @@ pub(super) fn bytes_available() -> bool {
 /// CPUID.(EAX=7, ECX=0):EDX: bit 22 is AMX-BF16, 24 AMX-TILE, 25 AMX-INT8.
 fn has_feature(bit: u32) -> bool {
     __cpuid_count(7, 0).edx >> bit & 1 == 1
-}
-
-/// A tile's worth of activations: [16 tokens][16 pairs]. A row is one cache line, and loads at half the speed when it is parts of two.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Tile([[u32; TILE]; TILE]);
-
-thread_local! {
-    /// Tiles that a thread uses again.
-    static MEMORY: std::cell::Cell<Vec<Tile>> = const { std::cell::Cell::new(Vec::new()) };
-}
-
-/// Activations rounded to bf16: [token blocks of 16][steps] tiles. Absent tokens are zeros, up to a multiple of [`BLOCK`], and so are absent inputs.
-pub(super) struct Activations {
-    tiles: Vec<Tile>,
-    tokens: usize,
-    steps: usize,
-}
-
-impl Activations {
-    /// Rounds x [tokens, k] to the nearest bf16, ties to even. [`available`] must be true.
-    pub fn new(x: &[f32], tokens: usize, k: usize) -> Self {
-        assert!(x.len() >= tokens * k, "whole rows");
-        let steps = k.div_ceil(STEP);
-        let mut tiles = MEMORY.take();
-        let needed = tokens.next_multiple_of(BLOCK) / TILE * steps;
-        tiles.resize(tiles.len().max(needed), Tile([[0; TILE]; TILE]));
-        // SAFETY: the features were found; reads stay within x
-        let fill = |(block, tiles): (usize, &mut [Tile])| unsafe { round(x, tokens, k, block * TILE, tiles) };
-        let own = &mut tiles[..needed];
-        if tokens < SERIAL_BELOW {
-            own.chunks_mut(steps.max(1)).enumerate().for_each(fill);
-        } else {
-            team::for_each_part(own, steps, |block, tiles| fill((block, tiles)));
-        }
-        Self { tiles, tokens, steps }
-    }
-}
-
-impl Drop for Activations {
-    fn drop(&mut self) {
-        MEMORY.set(std::mem::take(&mut self.tiles));
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn round(x: &[f32], tokens: usize, k: usize, first: usize, tiles: &mut [Tile]) {
-    for (step, tile) in tiles.iter_mut().enumerate() {
-        let inputs = (k - step * STEP).min(STEP);
-        let mask = |from: usize| ((1u32 << inputs.saturating_sub(from).min(TILE)) - 1) as __mmask16;
-        for (row, to) in tile.0.iter_mut().enumerate() {
-            if first + row >= tokens {
-                *to = [0; TILE];
-                continue;
-            }
-            let at = x[(first + row) * k + step * STEP..].as_ptr();
-            // SAFETY: `inputs` elements of a row that is there; the same 512 bits: sixteen pairs of bf16, in the order of memory
-            unsafe {
-                let (low, high) = (_mm512_maskz_loadu_ps(mask(0), at), _mm512_maskz_loadu_ps(mask(TILE), at.wrapping_add(TILE)));
-                let pairs = std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low));
-                _mm512_store_ps(to.as_mut_ptr().cast(), pairs);
-            }
-        }
-    }
 }
 
 /// The eight tiles' shapes for this thread, until it is dropped.

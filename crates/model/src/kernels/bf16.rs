@@ -1,6 +1,8 @@
-//! Products with bf16 weights: activations are rounded to bf16 too, products added up in f32. On AMX tiles where the processor has them, else by
-//! vectors over widened numbers; the two differ in the order of a sum, and a machine has one of them.
+//! Products with bf16 weights: activations are rounded to bf16 too, products added up in f32. By instructions for bf16 where the processor has them
+//! ([`super::bf16_blocks`]), else by vectors over widened numbers; they differ in the order of a sum, and a machine uses one of them.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use super::bf16_blocks::{Activations, BLOCK, Unit};
 use super::elementwise::widest;
 use super::packed::{GROUP, Line, Product, STEP, each_groups};
 use half::bf16;
@@ -33,21 +35,26 @@ pub(super) fn at(lines: &[Line], row: usize, column: usize) -> f32 {
 /// As [`super::packed::multiply`].
 pub(super) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'_>]) {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if super::amx::available() {
-        let x = super::amx::Activations::new(x, tokens, k);
-        return each_groups(products, tokens, k, |product, groups| {
-            let tiles = super::amx::Tiles::configure();
-            for token in (0..tokens).step_by(super::amx::BLOCK) {
-                for group in groups.clone().step_by(2) {
-                    let (out, first) = (product.weights.rows, group * GROUP);
-                    let outputs = (out - first).min((groups.end - group).min(2) * GROUP);
-                    // SAFETY: the part of the result that is this task's
-                    unsafe { tiles.multiply(&x, token, &product.weights, group, outputs, product.y.get().add(token * out + first), out) };
-                }
-            }
-        });
+    if let Some(unit) = Unit::best() {
+        return blocks(unit, x, tokens, k, products);
     }
     vectors(x, tokens, k, products);
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn blocks(unit: Unit, x: &[f32], tokens: usize, k: usize, products: &[Product<'_>]) {
+    let x = Activations::new(x, tokens, k);
+    each_groups(products, tokens, k, |product, groups| {
+        let prepared = unit.prepare();
+        for token in (0..tokens).step_by(BLOCK) {
+            for group in groups.clone().step_by(2) {
+                let (out, first) = (product.weights.rows, group * GROUP);
+                let outputs = (out - first).min((groups.end - group).min(2) * GROUP);
+                // SAFETY: the part of the result that is this task's
+                unsafe { prepared.multiply(&x, token, &product.weights, group, outputs, product.y.get().add(token * out + first), out) };
+            }
+        }
+    });
 }
 
 /// Tokens that share a load of weights.
@@ -113,27 +120,38 @@ mod tests {
     use super::super::{SharedOut, unfilled};
     use super::*;
 
-    type Multiply<'a> = &'a dyn Fn(&[f32], usize, usize, &[Product<'_>]);
+    type Multiply = dyn Fn(&[f32], usize, usize, &[Product<'_>]) + Sync;
 
     fn numbers(count: usize, seed: usize) -> Vec<f32> {
         (0..count).map(|i| (((i + seed) * 7919 + 13) % 2_003) as f32 / 1_001.0 - 1.0).collect()
     }
 
+    /// All that this processor has.
+    fn kernels() -> Vec<Box<Multiply>> {
+        let mut kernels: Vec<Box<Multiply>> = vec![Box::new(multiply), Box::new(vectors)];
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if Unit::best().is_some() {
+            // (where there are tiles, `multiply` takes those)
+            kernels.push(Box::new(|x, tokens, k, products| blocks(Unit::Vectors, x, tokens, k, products)));
+        }
+        kernels
+    }
+
     #[test]
-    fn products_of_rounded_numbers_on_tiles_and_on_vectors_whatever_is_beside_a_row() {
+    fn products_of_rounded_numbers_on_every_kernel_whatever_is_beside_a_row() {
         for (tokens, rows, k) in [(1, 7, 32), (5, 40, 64), (33, 100, 96), (70, 64, 576), (16, 33, 50), (3, 5, 33), (64, 80, 64)] {
             let rounded = |values: Vec<f32>| values.into_iter().map(bf16::from_f32).collect::<Vec<_>>();
             let w = rounded(numbers(rows * k, 3));
             let x = numbers(tokens * k, 40);
             let lines = lay_out(&w, rows, k);
             let weights = Weights { format: Format::Bf16, lines: &lines, scales: &[], parts: &[], row_steps: k.div_ceil(STEP), rows };
-            let by = |multiply: Multiply<'_>, x: &[f32], tokens: usize| {
+            let by = |multiply: &Multiply, x: &[f32], tokens: usize| {
                 let mut y = unfilled(tokens * rows);
                 multiply(x, tokens, k, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
                 y
             };
             let exact_x = rounded(x.clone());
-            for kernel in [&multiply as Multiply<'_>, &vectors] {
+            for kernel in &kernels() {
                 let y = by(kernel, &x, tokens);
                 for token in 0..tokens {
                     for row in 0..rows {
@@ -144,7 +162,7 @@ mod tests {
                 // a row alone, and on other threads, is the same to the bit
                 assert_eq!(by(kernel, &x[(tokens - 1) * k..], 1), y[(tokens - 1) * rows..]);
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-                assert_eq!(pool.install(|| by(&|x, tokens, k, p| multiply(x, tokens, k, p), &x, tokens)), by(&multiply, &x, tokens));
+                assert_eq!(pool.install(|| by(kernel, &x, tokens)), y);
             }
             assert_eq!(weights.at(rows - 1, k - 1), w[rows * k - 1].to_f32());
         }

@@ -1,4 +1,4 @@
-//! Log-probabilities of some tokens. On AMX tiles the head's product, its normaliser and the choice are one pass: the logits, which would be as large
+//! Log-probabilities of some tokens. By instructions for bf16 the head's product, its normaliser and the choice are one pass: the logits, which would be as large
 //! as a hundred layers' activations, never leave the cache.
 
 use super::elementwise::exp_sum;
@@ -27,9 +27,9 @@ pub(crate) fn log_probabilities(x: &Tensor, head: &Linear, ids: &[u32]) -> Resul
     }
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     if let Some(weights) = head.bf16()
-        && super::amx::available()
+        && let Some(unit) = super::bf16_blocks::Unit::best()
     {
-        return with_slice(x, |x| tiles::log_probabilities(x, &weights, rows, k, ids));
+        return with_slice(x, |x| blocks::log_probabilities(unit, x, &weights, rows, k, ids));
     }
     let at_once = (if x.device().is_cpu() { LOGITS_ELEMENTS } else { LOGITS_ELEMENTS_ON_DEVICE } / vocab).max(1);
     let mut found = Vec::with_capacity(ids.len());
@@ -75,32 +75,33 @@ fn together(parts: impl Iterator<Item = (f32, f32)> + Clone) -> f32 {
 }
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod tiles {
+mod blocks {
+    use super::super::bf16_blocks::{Activations, BLOCK as SIDE, Unit};
     use super::super::packed::{GROUP, Weights};
-    use super::super::{SharedOut, amx, elementwise::exp_sum, team};
+    use super::super::{SharedOut, elementwise::exp_sum, team};
     use super::{BLOCK, together};
     use rayon::prelude::*;
 
     /// As [`super::log_probabilities`], x [rows, k].
-    pub(super) fn log_probabilities(x: &[f32], weights: &Weights<'_>, rows: usize, k: usize, ids: &[u32]) -> Vec<f32> {
+    pub(super) fn log_probabilities(unit: Unit, x: &[f32], weights: &Weights<'_>, rows: usize, k: usize, ids: &[u32]) -> Vec<f32> {
         let vocab = weights.rows;
         let (of_row, blocks) = (ids.len() / rows, vocab.div_ceil(BLOCK));
         // each row's ids in order, with their places: a block finds its own side by side
         let mut sorted: Vec<(u32, u32)> = ids.iter().zip(0..).map(|(id, place)| (*id, place)).collect();
         sorted.par_chunks_mut(of_row).for_each(<[_]>::sort_unstable);
-        let x = amx::Activations::new(x, rows, k);
+        let x = Activations::new(x, rows, k);
         let (mut found, mut parts) = (vec![0f32; ids.len()], vec![[0f32; 2]; rows * blocks]);
         let (to_found, to_parts) = (SharedOut(found.as_mut_ptr()), SharedOut(parts.as_mut_ptr().cast()));
         team::for_each(blocks, |block| {
             let (from, to) = (block * BLOCK, vocab.min((block + 1) * BLOCK));
-            let mut logits = vec![0f32; amx::BLOCK * BLOCK];
-            let tiles = amx::Tiles::configure();
-            for token in (0..rows).step_by(amx::BLOCK) {
-                let tokens = (rows - token).min(amx::BLOCK);
-                for first in (0..to - from).step_by(amx::BLOCK) {
-                    let outputs = (to - from - first).min(amx::BLOCK);
+            let mut logits = vec![0f32; SIDE * BLOCK];
+            let prepared = unit.prepare();
+            for token in (0..rows).step_by(SIDE) {
+                let tokens = (rows - token).min(SIDE);
+                for first in (0..to - from).step_by(SIDE) {
+                    let outputs = (to - from - first).min(SIDE);
                     // SAFETY: 32 rows of `logits`
-                    unsafe { tiles.multiply(&x, token, weights, (from + first) / GROUP, outputs, logits.as_mut_ptr().add(first), BLOCK) };
+                    unsafe { prepared.multiply(&x, token, weights, (from + first) / GROUP, outputs, logits.as_mut_ptr().add(first), BLOCK) };
                 }
                 for row in token..token + tokens {
                     let logits = &logits[(row - token) * BLOCK..][..to - from];

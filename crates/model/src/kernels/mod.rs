@@ -8,9 +8,13 @@
 mod amx;
 pub(crate) mod attention;
 pub(crate) mod bf16;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod bf16_blocks;
 pub(crate) mod block_layout;
 mod blocks;
 pub(crate) mod dot;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod dpbf16;
 pub(crate) mod elementwise;
 pub(crate) mod f16;
 pub(crate) mod ggml;
