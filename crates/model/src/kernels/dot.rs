@@ -2,17 +2,14 @@
 //!
 //! The sum over k runs in eight lanes (lane = k mod 8), blocks of [`K_BLOCK`] after blocks, the lanes of a block added as a fixed tree,
 //! what is left over from a multiple of eight last. AVX2 and the portable version differ in rounding (fused or not), never in order;
-//! AVX-512 gives AVX2's bits: one register holds the eight lanes of two rows of `b`.
+//! AVX-512 gives AVX2's bits: one register holds the eight lanes of two rows of `b`, and the lanes of sixteen results are added side by side.
 
 /// Products after which the lanes are added into the total.
 const K_BLOCK: usize = 1024;
 
-/// Rows of `a` and of `b` in AVX2's large tile: 4 x 3 accumulators, 3 + 1 operands in 16 registers.
-const TILE_A: usize = 4;
-pub(crate) const TILE_B: usize = 3;
-
-/// Blocks of rows of `a` are multiples of this: whole tiles for AVX2 (4 rows) and AVX-512 (6).
+/// Blocks of rows of `a` and of `b` are multiples of these: whole tiles for AVX2 (4 x 3 rows) and AVX-512 (6 x 8).
 pub(crate) const ROW_MULTIPLE: usize = 12;
+pub(crate) const COLUMN_MULTIPLE: usize = 24;
 
 /// Rows that lie `stride` elements apart.
 #[derive(Clone, Copy)]
@@ -37,7 +34,7 @@ impl RowMajor {
 pub(crate) unsafe fn block(a: RowMajor, m: usize, b: RowMajor, n: usize, k: usize, out: *mut f32, out_stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if has_avx2() {
-        if m >= avx512::TILE_A && has_avx512() {
+        if n >= avx512::TILE_B && has_avx512() {
             // SAFETY: the features were just checked; pointers by the caller
             return unsafe { avx512::block(a, m, b, n, k, out, out_stride) };
         }
@@ -67,7 +64,7 @@ pub(crate) unsafe fn weighted_sum(weights: &[f32], rows: RowMajor, out: &mut [f3
     }
 }
 
-/// Lines of weights that are summed together: 6 x 4 accumulators, 4 + 1 operands in AVX-512's 32 registers.
+/// Lines of weights that are summed together at most: 6 x 4 accumulators, 4 + 1 operands in AVX-512's 32 registers.
 const LINES: usize = 6;
 
 /// Adds `sum_j weights[l * keys + j] * rows[j][0..d]` to `out[l][0..d]` for every line, over the keys `ranges[l]` of it, j in order: the bits of
@@ -84,25 +81,23 @@ pub(crate) unsafe fn weighted_sums(weights: &[f32], keys: usize, ranges: &[(usiz
             weighted_sum(&weights[line * keys + from..line * keys + to], rows, std::slice::from_raw_parts_mut(out[line], d));
         }
     };
-    let mut line = 0;
     #[cfg(target_arch = "x86_64")]
     if has_avx512() && d.is_multiple_of(16) {
-        while line + LINES <= out.len() {
-            let of = &ranges[line..line + LINES];
+        for (chunk, (of, out)) in ranges.chunks(LINES).zip(out.chunks(LINES)).enumerate() {
+            let line = chunk * LINES;
             let (from, to) = of.iter().fold((0, usize::MAX), |(f, t), range| (f.max(range.0), t.min(range.1)));
             if from < to {
-                (0..LINES).for_each(|l| one(line + l, of[l].0, from));
-                let out: [*mut f32; LINES] = std::array::from_fn(|l| out[line + l]);
+                of.iter().enumerate().for_each(|(l, range)| one(line + l, range.0, from));
                 // SAFETY: the features were just checked; the range is common to all lines
                 unsafe { avx512::weighted_sums(&weights[line * keys..], keys, from, to, rows, out, d) };
-                (0..LINES).for_each(|l| one(line + l, to, of[l].1));
+                of.iter().enumerate().for_each(|(l, range)| one(line + l, to, range.1));
             } else {
-                (0..LINES).for_each(|l| one(line + l, of[l].0, of[l].1));
+                of.iter().enumerate().for_each(|(l, range)| one(line + l, range.0, range.1));
             }
-            line += LINES;
         }
+        return;
     }
-    (line..out.len()).for_each(|l| one(l, ranges[l].0, ranges[l].1));
+    ranges.iter().enumerate().for_each(|(line, range)| one(line, range.0, range.1));
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -153,8 +148,12 @@ mod portable {
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use super::{K_BLOCK, RowMajor, TILE_A, TILE_B};
+    use super::{K_BLOCK, RowMajor};
     use std::arch::x86_64::*;
+
+    /// Rows of `a` and of `b` in the large tile: 4 x 3 accumulators, 3 + 1 operands in 16 registers.
+    const TILE_A: usize = 4;
+    const TILE_B: usize = 3;
 
     #[target_feature(enable = "avx2,fma")]
     pub(super) unsafe fn block(a: RowMajor, m: usize, b: RowMajor, n: usize, k: usize, out: *mut f32, out_stride: usize) {
@@ -295,52 +294,75 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     /// Rows of `a`, and pairs of rows of `b`, in a tile: 6 x 4 accumulators, 4 + 1 operands in 32 registers.
-    pub(super) const TILE_A: usize = 6;
+    const TILE_A: usize = 6;
     const PAIRS: usize = 4;
+    pub(super) const TILE_B: usize = 2 * PAIRS;
 
-    /// Whole tiles here, the edges as AVX2 has them.
+    /// Whole tiles of columns here, the last few as AVX2 has them.
     #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
     pub(super) unsafe fn block(a: RowMajor, m: usize, b: RowMajor, n: usize, k: usize, out: *mut f32, out_stride: usize) {
-        let (whole_m, whole_n) = (m / TILE_A * TILE_A, n / (2 * PAIRS) * 2 * PAIRS);
+        let whole = n / TILE_B * TILE_B;
         // SAFETY: every tile stays within m rows of a and n rows of b
         unsafe {
-            for j in (0..whole_n).step_by(2 * PAIRS) {
-                for i in (0..whole_m).step_by(TILE_A) {
+            for j in (0..whole).step_by(TILE_B) {
+                for i in (0..m).step_by(TILE_A) {
                     let (ai, bj) = (RowMajor { data: a.row(i), ..a }, RowMajor { data: b.row(j), ..b });
-                    tile(ai, bj, k, out.add(i * out_stride + j), out_stride);
+                    let to = out.add(i * out_stride + j);
+                    match m - i {
+                        1 => tile::<1>(ai, bj, k, to, out_stride),
+                        2 => tile::<2>(ai, bj, k, to, out_stride),
+                        3 => tile::<3>(ai, bj, k, to, out_stride),
+                        4 => tile::<4>(ai, bj, k, to, out_stride),
+                        5 => tile::<5>(ai, bj, k, to, out_stride),
+                        _ => tile::<TILE_A>(ai, bj, k, to, out_stride),
+                    }
                 }
             }
-            if whole_n < n {
-                avx2::block(a, whole_m, RowMajor { data: b.row(whole_n), ..b }, n - whole_n, k, out.add(whole_n), out_stride);
-            }
-            if whole_m < m {
-                avx2::block(RowMajor { data: a.row(whole_m), ..a }, m - whole_m, b, n, k, out.add(whole_m * out_stride), out_stride);
+            if whole < n {
+                avx2::block(a, m, RowMajor { data: b.row(whole), ..b }, n - whole, k, out.add(whole), out_stride);
             }
         }
     }
 
-    /// `d` is a multiple of 16.
+    /// `d` is a multiple of 16, `out` has at most [`LINES`].
     #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
-    pub(super) unsafe fn weighted_sums(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: [*mut f32; LINES], d: usize) {
+    pub(super) unsafe fn weighted_sums(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: &[*mut f32], d: usize) {
+        // SAFETY: as this function's
+        unsafe {
+            match out.len() {
+                0 => {}
+                1 => lines::<1>(weights, stride, from, to, rows, out, d),
+                2 => lines::<2>(weights, stride, from, to, rows, out, d),
+                3 => lines::<3>(weights, stride, from, to, rows, out, d),
+                4 => lines::<4>(weights, stride, from, to, rows, out, d),
+                5 => lines::<5>(weights, stride, from, to, rows, out, d),
+                _ => lines::<LINES>(weights, stride, from, to, rows, out, d),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    unsafe fn lines<const L: usize>(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: &[*mut f32], d: usize) {
+        let out: [*mut f32; L] = std::array::from_fn(|l| out[l]);
         let mut at = 0;
         // SAFETY: at + width <= d on every path
         unsafe {
             while at + 64 <= d {
-                columns::<4>(weights, stride, from, to, rows, out, at);
+                columns::<L, 4>(weights, stride, from, to, rows, out, at);
                 at += 64;
             }
             while at < d {
-                columns::<1>(weights, stride, from, to, rows, out, at);
+                columns::<L, 1>(weights, stride, from, to, rows, out, at);
                 at += 16;
             }
         }
     }
 
     #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
-    unsafe fn columns<const V: usize>(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: [*mut f32; LINES], at: usize) {
+    unsafe fn columns<const L: usize, const V: usize>(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: [*mut f32; L], at: usize) {
         // SAFETY: 16 * V columns from `at` are inside every row and inside every line of `out`; `to` weights in each of the lines
         unsafe {
-            let mut acc: [[__m512; V]; LINES] = std::array::from_fn(|l| std::array::from_fn(|c| _mm512_loadu_ps(out[l].add(at + 16 * c))));
+            let mut acc: [[__m512; V]; L] = std::array::from_fn(|l| std::array::from_fn(|c| _mm512_loadu_ps(out[l].add(at + 16 * c))));
             for j in from..to {
                 let row = rows.row(j).add(at);
                 let values: [__m512; V] = std::array::from_fn(|c| _mm512_loadu_ps(row.add(16 * c)));
@@ -361,15 +383,15 @@ mod avx512 {
 
     #[allow(clippy::needless_range_loop)] // indices name the tile's registers
     #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
-    unsafe fn tile(a: RowMajor, b: RowMajor, k: usize, out: *mut f32, out_stride: usize) {
-        // SAFETY: TILE_A rows of a, 2 * PAIRS rows of b, k elements each; out has room for all products
+    unsafe fn tile<const M: usize>(a: RowMajor, b: RowMajor, k: usize, out: *mut f32, out_stride: usize) {
+        // SAFETY: M rows of a, TILE_B rows of b, k elements each; out has room for all products
         unsafe {
             let whole = k / 8 * 8;
-            let mut totals = [[0f32; 2 * PAIRS]; TILE_A];
+            let mut totals = [_mm256_setzero_ps(); M];
             let mut start = 0;
             while start < whole {
                 let end = whole.min(start + K_BLOCK);
-                let mut acc = [[_mm512_setzero_ps(); PAIRS]; TILE_A];
+                let mut acc = [[_mm512_setzero_ps(); PAIRS]; M];
                 let mut at = start;
                 while at < end {
                     let mut bv = [_mm512_setzero_ps(); PAIRS];
@@ -377,7 +399,7 @@ mod avx512 {
                         let low = _mm512_castps256_ps512(_mm256_loadu_ps(b.row(2 * j).add(at)));
                         bv[j] = _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(b.row(2 * j + 1).add(at)));
                     }
-                    for i in 0..TILE_A {
+                    for i in 0..M {
                         let av = _mm512_broadcast_f32x8(_mm256_loadu_ps(a.row(i).add(at)));
                         for j in 0..PAIRS {
                             acc[i][j] = _mm512_fmadd_ps(av, bv[j], acc[i][j]);
@@ -385,23 +407,41 @@ mod avx512 {
                     }
                     at += 8;
                 }
-                for i in 0..TILE_A {
-                    for j in 0..PAIRS {
-                        totals[i][2 * j] += avx2::sum(_mm512_castps512_ps256(acc[i][j]));
-                        totals[i][2 * j + 1] += avx2::sum(_mm512_extractf32x8_ps::<1>(acc[i][j]));
+                for i in (0..M).step_by(2) {
+                    let next = (i + 1).min(M - 1);
+                    let sums = sums(acc[i], acc[next]);
+                    totals[i] = _mm256_add_ps(totals[i], _mm512_castps512_ps256(sums));
+                    if next > i {
+                        totals[next] = _mm256_add_ps(totals[next], _mm512_extractf32x8_ps::<1>(sums));
                     }
                 }
                 start = end;
             }
-            for i in 0..TILE_A {
-                for j in 0..2 * PAIRS {
-                    for tail in whole..k {
-                        totals[i][j] += *a.row(i).add(tail) * *b.row(j).add(tail);
-                    }
-                    *out.add(i * out_stride + j) = totals[i][j];
+            for i in 0..M {
+                let to = out.add(i * out_stride);
+                _mm256_storeu_ps(to, totals[i]);
+                for tail in whole..k {
+                    (0..TILE_B).for_each(|j| *to.add(j) += *a.row(i).add(tail) * *b.row(j).add(tail));
                 }
             }
         }
+    }
+
+    /// The sums of the eight lanes of two times eight rows, in the order of [`avx2::sum`]; a register holds two rows.
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    fn sums(first: [__m512; PAIRS], second: [__m512; PAIRS]) -> __m512 {
+        let [x, y] = [first, second].map(|rows| {
+            // a quarter of a register for each of four rows: lanes 0+4, 1+5, 2+6, 3+7
+            let [low, high] = [[rows[0], rows[1]], [rows[2], rows[3]]].map(|[a, b]| {
+                let halves = [_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b)];
+                _mm512_add_ps(halves[0], halves[1])
+            });
+            // rows r and r + 4 in a quarter: (0+4) + (2+6) and (1+5) + (3+7) of each
+            _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(low, high), _mm512_shuffle_ps::<0b11_10_11_10>(low, high))
+        });
+        // in a quarter: rows r and r + 4 of the first, then of the second eight
+        let quarters = _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(x, y), _mm512_shuffle_ps::<0b11_01_11_01>(x, y));
+        _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), quarters)
     }
 }
 

@@ -1,6 +1,6 @@
 //! x W^T on the CPU in f32, for one row and for thousands, over whole matrices and over views of them.
 
-use super::dot::{self, ROW_MULTIPLE, RowMajor, TILE_B};
+use super::dot::{self, COLUMN_MULTIPLE, ROW_MULTIPLE, RowMajor};
 use super::{SharedOut, team, unfilled, with_adjacent, with_slice};
 use crate::Result;
 use candle_core::{CpuStorage, Storage, Tensor};
@@ -79,7 +79,7 @@ fn multiply(x: &[f32], rows: usize, k: usize, products: &[Product<'_>]) {
     let panel = if rows > block { W_PANEL_ELEMENTS / k.max(1) } else { outputs };
     // a few tasks a thread even out their ends; whole tiles each
     let shared = if serial { outputs } else { outputs.div_ceil(rayon::current_num_threads() * 4) };
-    let panel = panel.min(shared).next_multiple_of(TILE_B).max(8 * TILE_B);
+    let panel = panel.min(shared).next_multiple_of(COLUMN_MULTIPLE).max(COLUMN_MULTIPLE);
     let tasks: Vec<(usize, usize)> = products.iter().enumerate().flat_map(|(i, p)| (0..p.out).step_by(panel).map(move |from| (i, from))).collect();
     let run = |&(i, from): &(usize, usize)| {
         let product = &products[i];

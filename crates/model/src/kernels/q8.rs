@@ -90,21 +90,18 @@ widest!(round_row, round_row_body, (x: &[f32], numbers: &mut [i8], scales: &mut 
 fn round_row_body(x: &[f32], numbers: &mut [i8], scales: &mut [f32], corrections: &mut [i32]) {
     /// 1.5 * 2^23: a number added to it is rounded to the nearest integer, ties to even.
     const ROUNDER: f32 = 12_582_912.0;
-    for (((x, numbers), scale), correction) in x.chunks(BLOCK).zip(numbers.chunks_mut(BLOCK)).zip(scales).zip(corrections) {
+    for (((x, numbers), scale), correction) in x.chunks(BLOCK).zip(numbers.as_chunks_mut::<BLOCK>().0).zip(scales).zip(corrections) {
         let mut block = [0f32; BLOCK];
         block[..x.len()].copy_from_slice(x);
-        let mut largest = [0f32; 16];
-        for i in 0..BLOCK {
-            let magnitude = block[i].abs();
-            largest[i % 16] = if magnitude > largest[i % 16] { magnitude } else { largest[i % 16] };
-        }
-        let largest = largest.iter().fold(0f32, |m, v| m.max(*v));
+        // (magnitudes of floats are in the order of their bits, and what isn't finite comes last)
+        let largest = block.iter().fold(0, |largest, v| v.abs().to_bits().max(largest));
         // what isn't finite must come out as NaN, not as some number
-        if block.iter().fold(0f32, |sum, v| sum + v * 0.0).is_nan() {
+        if largest >= f32::INFINITY.to_bits() {
             (*scale, *correction) = (f32::NAN, 0);
             numbers.fill(0);
             continue;
         }
+        let largest = f32::from_bits(largest);
         *scale = largest / 127.0;
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         let mut sum = 0;
