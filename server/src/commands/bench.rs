@@ -114,14 +114,14 @@ struct Line {
     tokens_per_second: [f64; 3],
     /// The same of the other checkpoint.
     against: Option<[f64; 3]>,
-    /// Decoding: weights read, in GB/s, and their share of what this machine reads (a CPU's).
+    /// Decoding: weights, keys and values read, in GB/s, and their share of what this machine reads (a CPU's).
     gigabytes_per_second: Option<f64>,
     share_of_bandwidth: Option<f64>,
     /// The first one's median over the other's.
     speed_up: Option<f64>,
-    /// What the weights' bytes promise (read once a step: decoding few sequences).
+    /// What the bytes promise: the weights, read once a step, and the keys and values (decoding few sequences).
     ideal_by_bytes: Option<f64>,
-    /// What the products promise (prefill, decoding many sequences).
+    /// What the products promise, with weights and of attention (prefill, decoding many sequences).
     ideal_by_flops: Option<f64>,
 }
 
@@ -130,15 +130,49 @@ pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
     match &args.what {
         Bench::Decode(a) => {
             let least = a.batch.iter().copied().chain([a.prompt, a.tokens]).min();
-            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, |d, size| decode(d, a.common.kv_dtype, size, a.prompt, a.tokens))
+            let work = |d: &Decoder, size| Work::of_step(d, a.common.kv_dtype, size, a.prompt + a.tokens / 2);
+            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, work, |d, size| decode(d, a.common.kv_dtype, size, a.prompt, a.tokens))
         }
         Bench::Prefill(a) => {
             let ends = (a.length.iter().copied().min(), a.length.iter().copied().max());
-            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), |d, length| prefill(d, a.common.kv_dtype, length))
+            speeds(&a.common, "prompt", &a.length, ends.0, ends.1.unwrap_or(0), Work::of_prompt, |d, length| prefill(d, a.common.kv_dtype, length))
         }
         Bench::Search(a) => search::run(a, threads),
         Bench::Serve(a) => serve::run(a, threads),
     }
+}
+
+/// What a step or a prompt asks of a machine.
+struct Work {
+    bytes: f64,
+    flops: f64,
+}
+
+impl Work {
+    /// One token of each sequence, of which so many are past: every weight, and the past's keys and values.
+    fn of_step(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, past: usize) -> Self {
+        let config = decoder.config();
+        let kv_bytes = config.kv_bytes_per_token(kv_dtype.of(decoder.dtype()).size_in_bytes());
+        let products = 2 * (config.block_parameters() + head_parameters(config)) + attention_flops(config, past);
+        Self { bytes: (decoder.multiplied_bytes() + sequences * past * kv_bytes) as f64, flops: (sequences * products) as f64 }
+    }
+
+    /// All tokens of a prompt, the head for its last one only.
+    fn of_prompt(decoder: &Decoder, length: usize) -> Self {
+        let config = decoder.config();
+        let products = 2 * (length * config.block_parameters() + head_parameters(config)) + attention_flops(config, length * (length + 1) / 2);
+        Self { bytes: decoder.multiplied_bytes() as f64, flops: products as f64 }
+    }
+}
+
+fn head_parameters(config: &Config) -> usize {
+    config.vocab_size * config.hidden_size
+}
+
+/// Floating-point operations of attention over so many pairs of a query and a key: scores and weighted values.
+fn attention_flops(config: &Config, pairs: usize) -> usize {
+    let heads: usize = config.layers.iter().map(|l| l.shape.kv_groups * l.shape.group_size).sum();
+    4 * heads * config.head_dim * pairs
 }
 
 /// Measures every size, in turns with the other checkpoint, and prints the lines. `least` and `longest` are checked against what a model can take.
@@ -148,6 +182,7 @@ fn speeds(
     sizes: &[usize],
     least: Option<usize>,
     longest: usize,
+    work: impl Fn(&Decoder, usize) -> Work,
     measure: impl Fn(&Decoder, usize) -> Result<f64>,
 ) -> Result<()> {
     if least.is_none_or(|n| n == 0) {
@@ -177,12 +212,9 @@ fn speeds(
             }
         }
         let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
-        let ideal = |of: &dyn Fn(&Config) -> usize| other.as_ref().map(|o| of(o.config()) as f64 / of(decoder.config()) as f64);
-        let with_head = |c: &Config| c.block_parameters() + c.vocab_size * c.hidden_size;
-        let bytes = |d: &Decoder| d.multiplied_bytes() as f64;
-        // (a prompt needs the head for its last token only)
-        let multiplied = |c: &Config| if decoding { with_head(c) } else { c.block_parameters() };
-        let read = decoding.then(|| own[0] / *size as f64 * bytes(&decoder));
+        let asked = work(&decoder, *size);
+        let ideal = |of: &dyn Fn(&Work) -> f64| other.as_ref().map(|other| of(&work(other, *size)) / of(&asked));
+        let read = decoding.then(|| own[0] / *size as f64 * asked.bytes);
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
@@ -190,8 +222,8 @@ fn speeds(
             gigabytes_per_second: read.map(|r| r / 1e9),
             share_of_bandwidth: read.filter(|_| !bandwidth.is_empty()).map(|r| r / spread(bandwidth.clone())[0]),
             speed_up: against.map(|a| own[0] / a[0]),
-            ideal_by_bytes: other.as_ref().map(|o| bytes(o) / bytes(&decoder)),
-            ideal_by_flops: ideal(&multiplied),
+            ideal_by_bytes: ideal(&|work| work.bytes),
+            ideal_by_flops: ideal(&|work| work.flops),
         });
     }
     if common.json {

@@ -1,6 +1,6 @@
 //! `evop bench search`: what evaluating patterns is made of, beside what the machine multiplies.
 
-use super::{MeasuredArgs, spread, token};
+use super::{MeasuredArgs, attention_flops, spread, token};
 use anyhow::{Result, bail};
 use clap::Args;
 use evop_model::{Config, Decoder, Held, Linear, NoCache, Span, Tensor};
@@ -120,9 +120,7 @@ fn seconds(decoder: &Decoder, work: &dyn Fn() -> Result<()>) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64())
 }
 
-/// Floating-point operations of all sub-blocks: two a weight and token, and causal attention (scores and sums over half of all pairs).
+/// Floating-point operations of all sub-blocks: two a weight and token, and causal attention.
 fn block_flops(config: &Config, sequences: usize, length: usize) -> f64 {
-    let heads: usize = config.layers.iter().map(|l| l.shape.kv_groups * l.shape.group_size).sum();
-    let attention = 2 * heads * config.head_dim * length * (length + 1);
-    (sequences * (2 * config.block_parameters() * length + attention)) as f64
+    (sequences * (2 * config.block_parameters() * length + attention_flops(config, length * (length + 1) / 2))) as f64
 }
