@@ -362,10 +362,18 @@ mod avx512 {
     unsafe fn columns<const L: usize, const V: usize>(weights: &[f32], stride: usize, from: usize, to: usize, rows: RowMajor, out: [*mut f32; L], at: usize) {
         // SAFETY: 16 * V columns from `at` are inside every row and inside every line of `out`; `to` weights in each of the lines
         unsafe {
-            let mut acc: [[__m512; V]; L] = std::array::from_fn(|l| std::array::from_fn(|c| _mm512_loadu_ps(out[l].add(at + 16 * c))));
+            let mut acc = [[_mm512_setzero_ps(); V]; L];
+            for (l, line) in acc.iter_mut().enumerate() {
+                for (c, lane) in line.iter_mut().enumerate() {
+                    *lane = _mm512_loadu_ps(out[l].add(at + 16 * c));
+                }
+            }
             for j in from..to {
                 let row = rows.row(j).add(at);
-                let values: [__m512; V] = std::array::from_fn(|c| _mm512_loadu_ps(row.add(16 * c)));
+                let mut values = [_mm512_setzero_ps(); V];
+                for (c, value) in values.iter_mut().enumerate() {
+                    *value = _mm512_loadu_ps(row.add(16 * c));
+                }
                 for (l, line) in acc.iter_mut().enumerate() {
                     let w = _mm512_set1_ps(*weights.get_unchecked(l * stride + j));
                     for (lane, value) in line.iter_mut().zip(&values) {
@@ -430,18 +438,23 @@ mod avx512 {
     /// The sums of the eight lanes of two times eight rows, in the order of [`avx2::sum`]; a register holds two rows.
     #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
     fn sums(first: [__m512; PAIRS], second: [__m512; PAIRS]) -> __m512 {
-        let [x, y] = [first, second].map(|rows| {
-            // a quarter of a register for each of four rows: lanes 0+4, 1+5, 2+6, 3+7
-            let [low, high] = [[rows[0], rows[1]], [rows[2], rows[3]]].map(|[a, b]| {
-                let halves = [_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b)];
-                _mm512_add_ps(halves[0], halves[1])
-            });
-            // rows r and r + 4 in a quarter: (0+4) + (2+6) and (1+5) + (3+7) of each
-            _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(low, high), _mm512_shuffle_ps::<0b11_10_11_10>(low, high))
-        });
+        let (x, y) = (pairs(first), pairs(second));
         // in a quarter: rows r and r + 4 of the first, then of the second eight
         let quarters = _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(x, y), _mm512_shuffle_ps::<0b11_01_11_01>(x, y));
         _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), quarters)
+    }
+
+    /// Of eight rows, r and r + 4 in quarter r of the result: (0+4) + (2+6) and (1+5) + (3+7) of each.
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    fn pairs([a, b, c, d]: [__m512; PAIRS]) -> __m512 {
+        let (low, high) = (halves(a, b), halves(c, d));
+        _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(low, high), _mm512_shuffle_ps::<0b11_10_11_10>(low, high))
+    }
+
+    /// Of four rows, a quarter of the result each: lanes 0+4, 1+5, 2+6, 3+7.
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    fn halves(a: __m512, b: __m512) -> __m512 {
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
     }
 }
 

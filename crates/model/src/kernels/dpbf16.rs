@@ -89,8 +89,11 @@ unsafe fn some<const T: usize, const G: usize>(part: &Part, weights: &Weights<'_
             (0..part.ahead.lines).for_each(|line| ask(ahead.wrapping_add(line)));
         }
         for pair in 0..TILE {
-            // SAFETY: a line of each group's step
-            let lines: [__m512bh; G] = std::array::from_fn(|g| unsafe { load(groups[g].as_ptr().add(step * TILE + pair)) });
+            let mut lines = [bits(_mm512_setzero_si512()); G];
+            for (line, group) in lines.iter_mut().zip(groups) {
+                // SAFETY: a line of each group's step
+                *line = unsafe { load(group.as_ptr().add(step * TILE + pair)) };
+            }
             for (t, totals) in totals.iter_mut().enumerate() {
                 // SAFETY: the part has T tokens
                 let x = bits(_mm512_set1_epi32(unsafe { tile.get_unchecked(part.row + t)[pair] }.cast_signed()));
