@@ -297,6 +297,8 @@ fn prefill(decoder: &Decoder, kv_dtype: KvDTypeChoice, length: usize) -> Result<
     let config = decoder.config();
     let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &[length])?;
     let ids: Vec<u32> = (0..length).map(|i| token(i, config)).collect();
+    // (not timed: a server's pool has been written to before, this cache is new memory)
+    step(decoder, &ids, &[Span { past: 0, len: length }], cache.of([0]))?;
     let started = Instant::now();
     step(decoder, &ids, &[Span { past: 0, len: length }], cache.of([0]))?;
     Ok(length as f64 / started.elapsed().as_secs_f64())
