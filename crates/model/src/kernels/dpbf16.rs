@@ -18,7 +18,7 @@ pub(super) fn available() -> bool {
 #[allow(clippy::too_many_arguments)] // two matrices, what of them, and where the result goes
 pub(super) unsafe fn multiply(x: &Activations, token: usize, weights: &Weights<'_>, group: usize, outputs: usize, out: *mut f32, out_stride: usize) {
     let tokens = (x.tokens - token).min(BLOCK);
-    // what all tokens read in one pass or two comes from memory
+    // what few tokens read comes from memory
     let passes = if x.tokens <= BLOCK { tokens / 8 + (tokens % 8).count_ones() as usize } else { 0 };
     let (mut done, mut pass) = (0, 0);
     while done < tokens {
