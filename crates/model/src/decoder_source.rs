@@ -2,6 +2,7 @@
 
 use crate::decoder::Decoder;
 use crate::linear::{Linear, Norm};
+use crate::matrix::Matrix;
 use crate::source::{RawTensor, Source, TensorNames, bias_of};
 use crate::sub_block::Inner;
 use crate::{Error, Result};
@@ -10,10 +11,32 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// A [`Source`] over a decoder in memory, masked, reordered and repaired as it is. Layers keep their numbers; an absent sub-block has
-/// no tensors. Elements are converted to their stored type when they are read.
+/// no tensors. Elements become plain numbers of their stored type when they are read: the decoder's memory is shared until then.
 #[derive(Debug)]
 pub struct DecoderSource {
-    tensors: BTreeMap<String, (Tensor, DType)>,
+    tensors: BTreeMap<String, (Numbers, DType)>,
+}
+
+#[derive(Debug, Clone)]
+enum Numbers {
+    Tensor(Tensor),
+    Matrix(Matrix),
+}
+
+impl Numbers {
+    fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::Tensor(tensor) => tensor.dims().to_vec(),
+            Self::Matrix(matrix) => vec![matrix.rows(), matrix.columns()],
+        }
+    }
+
+    fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(tensor) => Ok(tensor.clone()),
+            Self::Matrix(matrix) => matrix.tensor(),
+        }
+    }
 }
 
 impl DecoderSource {
@@ -25,24 +48,24 @@ impl DecoderSource {
         let names = TensorNames::of(decoder.config().architecture);
         let fallback = like.dtype(names.embedding())?;
         let mut source = Self { tensors: BTreeMap::new() };
-        let mut put = |name: String, tensor: &Tensor| {
+        let mut put = |name: String, numbers: Numbers| {
             let dtype = if like.shape(&name).is_some() { like.dtype(&name).unwrap_or(fallback) } else { fallback };
-            source.tensors.insert(name, (tensor.clone(), dtype));
+            source.tensors.insert(name, (numbers, dtype));
         };
-        put(names.embedding().into(), &decoder.embedding.tensor()?);
+        put(names.embedding().into(), Numbers::Matrix(decoder.embedding.clone()));
         if let Some(positions) = &decoder.positions {
-            put(names.positions().into(), positions);
+            put(names.positions().into(), Numbers::Tensor(positions.clone()));
         }
         if !decoder.config().tie_word_embeddings {
-            put(names.head().into(), &decoder.head.weight()?);
+            put(names.head().into(), Numbers::Matrix(decoder.head.matrix().clone()));
         }
         let mut norm = |name: String, norm: &Norm| {
             // a LayerNorm without parameters has none in files
             if norm.is_stored() {
                 if let Some(bias) = norm.bias() {
-                    put(bias_of(&name), bias);
+                    put(bias_of(&name), Numbers::Tensor(bias.clone()));
                 }
-                put(name, norm.weight());
+                put(name, Numbers::Tensor(norm.weight().clone()));
             }
         };
         if let Some(last) = &decoder.final_norm {
@@ -57,12 +80,11 @@ impl DecoderSource {
                 norm(names.k_norm(l), k);
             }
         }
-        let mut linear = |name: String, layer: &Linear| -> Result<()> {
+        let mut linear = |name: String, layer: &Linear| {
             if let Some(bias) = layer.bias() {
-                put(bias_of(&name), bias);
+                put(bias_of(&name), Numbers::Tensor(bias.clone()));
             }
-            put(name, &layer.weight()?);
-            Ok(())
+            put(name, Numbers::Matrix(layer.matrix().clone()));
         };
         for s in 0..decoder.last_boundary() {
             let Some(block) = decoder.sub_block(s) else { continue };
@@ -70,15 +92,15 @@ impl DecoderSource {
             match &block.inner {
                 Inner::Attention { q, k, v, .. } => {
                     for (name, layer) in [(names.q(l), q), (names.k(l), k), (names.v(l), v), (names.o(l), block.output())] {
-                        linear(name, layer)?;
+                        linear(name, layer);
                     }
                 }
                 Inner::Mlp { gate, up, .. } => {
                     if let Some(gate) = gate {
-                        linear(names.gate(l), gate)?;
+                        linear(names.gate(l), gate);
                     }
-                    linear(names.up(l), up)?;
-                    linear(names.down(l), block.output())?;
+                    linear(names.up(l), up);
+                    linear(names.down(l), block.output());
                 }
             }
         }
@@ -92,7 +114,7 @@ impl Source for DecoderSource {
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.tensors.get(name).map(|(t, _)| t.dims().to_vec())
+        self.tensors.get(name).map(|(numbers, _)| numbers.shape())
     }
 
     fn dtype(&self, name: &str) -> Result<DType> {
@@ -100,16 +122,16 @@ impl Source for DecoderSource {
     }
 
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {
-        let Some((tensor, dtype)) = self.tensors.get(name) else {
+        let Some((numbers, dtype)) = self.tensors.get(name) else {
             return Err(self.mismatch(name, "a tensor", "nothing: the decoder has none of this name"));
         };
-        let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(*dtype)?;
+        let flat = numbers.tensor()?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(*dtype)?;
         let bytes: Vec<u8> = match dtype {
             DType::BF16 => flat.to_vec1::<half::bf16>()?.into_iter().flat_map(half::bf16::to_le_bytes).collect(),
             DType::F16 => flat.to_vec1::<half::f16>()?.into_iter().flat_map(half::f16::to_le_bytes).collect(),
             _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect(),
         };
-        Ok(RawTensor { dtype: *dtype, shape: tensor.dims().to_vec(), bytes: Cow::Owned(bytes) })
+        Ok(RawTensor { dtype: *dtype, shape: numbers.shape(), bytes: Cow::Owned(bytes) })
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error {

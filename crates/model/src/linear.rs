@@ -153,6 +153,11 @@ impl Linear {
         })
     }
 
+    /// The weight, [out, in].
+    pub(crate) fn matrix(&self) -> &Matrix {
+        &self.weight
+    }
+
     /// The weight in plain numbers, [out, in]: shared memory, or a copy in f32 of a quantised one.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use crate::kernels::{self, SharedOut, block_layout, q8, unfilled};
 use crate::source::Source;
 use crate::{Error, Result};
 use candle_core::quantized::QTensor;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use std::sync::Arc;
 
@@ -79,11 +79,12 @@ impl Packed {
         Weights { format: self.format, lines: &self.lines, scales: &self.scales, parts: &self.parts, row_steps: self.row_steps, rows: self.rows }
     }
 
-    /// Some rows as f32, [rows, columns].
-    fn select(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Tensor> {
-        let (weights, count, columns) = (self.weights(), rows.len(), self.columns);
-        let values: Vec<f32> = rows.flat_map(|row| (0..columns).map(move |column| weights.at(row, column))).collect();
-        Ok(Tensor::from_vec(values, (count, columns), &Device::Cpu)?)
+    /// Some rows as plain numbers, [rows, columns].
+    fn select<T: WithDType>(&self, rows: impl ExactSizeIterator<Item = usize>, of: impl Fn(f32) -> T) -> Result<Tensor> {
+        let (weights, shape) = (self.weights(), (rows.len(), self.columns));
+        let mut values = Vec::with_capacity(shape.0 * shape.1);
+        rows.for_each(|row| values.extend((0..shape.1).map(|column| of(weights.at(row, column)))));
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 }
 
@@ -187,11 +188,13 @@ impl Matrix {
         match self {
             Self::Plain(tensor) => Ok(tensor.clone()),
             Self::Packed(of) => {
-                let values = of.select(0..of.rows)?;
-                Ok(match self.held() {
-                    Held::Plain(dtype) => values.to_dtype(dtype)?,
-                    _ => values,
-                })
+                let rows = 0..of.rows;
+                // (16-bit numbers come out of f32 as they went in)
+                match self.held() {
+                    Held::Plain(DType::BF16) => of.select(rows, bf16::from_f32),
+                    Held::Plain(DType::F16) => of.select(rows, f16::from_f32),
+                    _ => of.select(rows, |value| value),
+                }
             }
         }
     }
@@ -200,7 +203,7 @@ impl Matrix {
     pub fn select_rows(&self, rows: &[u32]) -> Result<Tensor> {
         match self {
             Self::Plain(tensor) => Ok(tensor.index_select(&Tensor::from_slice(rows, rows.len(), tensor.device())?, 0)?),
-            Self::Packed(of) => of.select(rows.iter().map(|row| *row as usize)),
+            Self::Packed(of) => of.select(rows.iter().map(|row| *row as usize), |value| value),
         }
     }
 
