@@ -132,7 +132,7 @@ mod tests {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         if Unit::best().is_some() {
             // (where there are tiles, `multiply` takes those)
-            kernels.push(Box::new(|x, tokens, k, products| blocks(Unit::Vectors, x, tokens, k, products)));
+            kernels.push(Box::new(|x, tokens, k, products| blocks(Unit::Dpbf16, x, tokens, k, products)));
         }
         kernels
     }

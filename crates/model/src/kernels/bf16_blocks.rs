@@ -15,8 +15,10 @@ const SERIAL_BELOW: usize = 2 * BLOCK;
 /// What a processor multiplies blocks with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unit {
+    /// Tiles.
     Amx,
-    Vectors,
+    /// `vdpbf16ps`.
+    Dpbf16,
 }
 
 impl Unit {
@@ -25,14 +27,14 @@ impl Unit {
         if amx::available() {
             return Some(Self::Amx);
         }
-        dpbf16::available().then_some(Self::Vectors)
+        dpbf16::available().then_some(Self::Dpbf16)
     }
 
     /// Prepares this thread, until the result is dropped. The processor must have it.
     pub fn prepare(self) -> Prepared {
         match self {
             Self::Amx => Prepared::Amx(amx::Tiles::configure()),
-            Self::Vectors => Prepared::Vectors,
+            Self::Dpbf16 => Prepared::Dpbf16,
         }
     }
 }
@@ -40,7 +42,7 @@ impl Unit {
 /// A thread that may multiply blocks.
 pub(super) enum Prepared {
     Amx(amx::Tiles),
-    Vectors,
+    Dpbf16,
 }
 
 impl Prepared {
@@ -55,7 +57,7 @@ impl Prepared {
         unsafe {
             match self {
                 Self::Amx(tiles) => tiles.multiply(x, token, weights, group, outputs, out, out_stride),
-                Self::Vectors => dpbf16::multiply(x, token, weights, group, outputs, out, out_stride),
+                Self::Dpbf16 => dpbf16::multiply(x, token, weights, group, outputs, out, out_stride),
             }
         }
     }
