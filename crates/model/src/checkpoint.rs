@@ -221,7 +221,7 @@ pub fn open_weights(directory: &Path) -> Result<(Config, Arc<dyn Source>)> {
 pub(crate) fn checked(mut config: Config, source: Arc<dyn Source>) -> Result<(Config, Arc<dyn Source>)> {
     let names = TensorNames::of(config.architecture);
     heterogeneous::resolve(&mut config, source.as_ref(), &names)?;
-    if config.tie_word_embeddings && source.shape(names.head()).is_some() && source.raw(names.head())?.bytes != source.raw(names.embedding())?.bytes {
+    if config.tie_word_embeddings && source.shape(names.head()).is_some() && source.raw(names.head())?.bytes[..] != source.raw(names.embedding())?.bytes[..] {
         // as transformers 5 does: a head of its own in the file outweighs the flag
         tracing::warn!(file = %config.path.display(), "`tie_word_embeddings` is set, but `{}` differs from the embedding: used untied", names.head());
         config.tie_word_embeddings = false;

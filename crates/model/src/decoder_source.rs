@@ -7,7 +7,6 @@ use crate::source::{RawTensor, Source, TensorNames, bias_of};
 use crate::sub_block::Inner;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// A [`Source`] over a decoder in memory, masked, reordered and repaired as it is. Layers keep their numbers; an absent sub-block has
@@ -31,12 +30,31 @@ impl Numbers {
         }
     }
 
-    fn tensor(&self) -> Result<Tensor> {
+    /// Some rows at a time: what is laid out is nowhere as a whole besides.
+    fn bytes(&self, dtype: DType) -> Result<Vec<u8>> {
+        const ROWS: usize = 1024;
         match self {
-            Self::Tensor(tensor) => Ok(tensor.clone()),
-            Self::Matrix(matrix) => matrix.tensor(),
+            Self::Tensor(tensor) => bytes(tensor, dtype),
+            Self::Matrix(matrix) => {
+                let mut whole = Vec::with_capacity(matrix.rows() * matrix.columns() * dtype.size_in_bytes());
+                for from in (0..matrix.rows()).step_by(ROWS) {
+                    let rows: Vec<u32> = (from..matrix.rows().min(from + ROWS)).map(|row| row as u32).collect();
+                    whole.extend(bytes(&matrix.select_rows(&rows)?, dtype)?);
+                }
+                Ok(whole)
+            }
         }
     }
+}
+
+/// Little-endian elements, rounded to `dtype`.
+fn bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
+    let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(dtype)?;
+    Ok(match dtype {
+        DType::BF16 => flat.to_vec1::<half::bf16>()?.into_iter().flat_map(half::bf16::to_le_bytes).collect(),
+        DType::F16 => flat.to_vec1::<half::f16>()?.into_iter().flat_map(half::f16::to_le_bytes).collect(),
+        _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect(),
+    })
 }
 
 impl DecoderSource {
@@ -125,13 +143,7 @@ impl Source for DecoderSource {
         let Some((numbers, dtype)) = self.tensors.get(name) else {
             return Err(self.mismatch(name, "a tensor", "nothing: the decoder has none of this name"));
         };
-        let flat = numbers.tensor()?.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(*dtype)?;
-        let bytes: Vec<u8> = match dtype {
-            DType::BF16 => flat.to_vec1::<half::bf16>()?.into_iter().flat_map(half::bf16::to_le_bytes).collect(),
-            DType::F16 => flat.to_vec1::<half::f16>()?.into_iter().flat_map(half::f16::to_le_bytes).collect(),
-            _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect(),
-        };
-        Ok(RawTensor { dtype: *dtype, shape: numbers.shape(), bytes: Cow::Owned(bytes) })
+        Ok(RawTensor { dtype: *dtype, shape: numbers.shape(), bytes: numbers.bytes(*dtype)?.into() })
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error {

@@ -62,7 +62,7 @@ pub use ordered_source::OrderedSource;
 pub use pattern::{Gene, Pattern};
 pub use random_source::RandomSource;
 pub use rope::{RopeParameters, RopeScaling};
-pub use source::{RawTensor, Source, Stored, TensorNames, bias_of};
+pub use source::{RawTensor, Source, Stored, TensorBytes, TensorNames, bias_of};
 pub use sub_block::SubBlock;
 pub use tokenizers::Tokenizer;
 pub use widths::Widths;

@@ -42,25 +42,41 @@ impl Packed {
         Self { format, lines, scales, parts, row_steps: columns.div_ceil(STEP), rows, columns }
     }
 
-    fn f16(values: &[f16], rows: usize, columns: usize) -> Self {
-        Self::new(Format::F16, kernels::f16::lay_out(values, rows, columns), Vec::new(), rows, columns)
-    }
-
     /// Blocks in ggml's bytes.
     fn blocks(of: BlockType, bytes: &[u8], rows: usize, columns: usize) -> Self {
         let laid = block_layout::lay_out(of, bytes, rows, columns);
         Self { parts: Arc::new(laid.parts), ..Self::new(Format::Blocks(of), laid.lines, laid.scales, rows, columns) }
     }
 
-    fn bf16(values: &[bf16], rows: usize, columns: usize) -> Self {
-        Self::new(Format::Bf16, kernels::bf16::lay_out(values, rows, columns), Vec::new(), rows, columns)
-    }
-
-    /// Rounds rows of `columns` numbers.
-    fn q8(values: &[f32], rows: usize, columns: usize) -> Self {
-        let block = |row: usize, block: usize| q8::quantize(&values[row * columns..(row + 1) * columns][block * STEP..columns.min((block + 1) * STEP)]);
-        let (lines, scales) = q8::lay_out(rows, columns, block);
-        Self::new(Format::Q8, lines, scales, rows, columns)
+    /// Lays out numbers of shape [rows, columns] that are rounded to what holds them. `read` gives them from an index on, a row at a time or less, so that
+    /// they are nowhere as a whole besides.
+    fn of(held: Held, rows: usize, columns: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Result<Self> {
+        let own = |format, lines| Self::new(format, lines, Vec::new(), rows, columns);
+        match held {
+            Held::Plain(DType::BF16) => Ok(own(Format::Bf16, kernels::bf16::lay_out(rows, columns, read))),
+            Held::Plain(_) => Ok(own(Format::F16, kernels::f16::lay_out(rows, columns, read))),
+            Held::Q8_0 => {
+                let block = |row: usize, block: usize| {
+                    let mut values = [0f32; STEP];
+                    let values = &mut values[..STEP.min(columns - block * STEP)];
+                    read(row * columns + block * STEP, values);
+                    q8::quantize(values)
+                };
+                let (lines, scales) = q8::lay_out(rows, columns, block);
+                Ok(Self::new(Format::Q8, lines, scales, rows, columns))
+            }
+            Held::Blocks(of) => {
+                const ROWS: usize = 256;
+                let some_rows = |from: usize| -> Result<Vec<u8>> {
+                    let rows = ROWS.min(rows - from);
+                    let mut values = vec![0.0; rows * columns];
+                    read(from * columns, &mut values);
+                    Ok(QTensor::quantize(&Tensor::from_vec(values, (rows, columns), &Device::Cpu)?, of.ggml())?.data()?.into_owned())
+                };
+                let bytes = (0..rows).step_by(ROWS).map(some_rows).collect::<Result<Vec<_>>>()?.concat();
+                Ok(Self::blocks(of, &bytes, rows, columns))
+            }
+        }
     }
 
     /// Blocks as a GGUF has them: a 16-bit scale and 32 numbers each.
@@ -94,11 +110,13 @@ impl Matrix {
     /// # Errors
     /// [`Error::Tensor`] for a missing, misshapen or non-finite tensor.
     pub fn load(source: &dyn Source, name: &str, [rows, columns]: [usize; 2], held: Held, device: &Device) -> Result<Self> {
-        if let Held::Plain(dtype) = held {
-            return Self::new(source.load(name, &[rows, columns], dtype, device)?);
+        match held {
+            Held::Plain(dtype) if dtype == DType::F32 || !device.is_cpu() => return Ok(Self::Plain(source.load(name, &[rows, columns], dtype, device)?)),
+            _ => {}
         }
         if source.shape(name).is_none_or(|shape| shape != [rows, columns]) || source.block_type(name)? != Some(held) {
-            return Self::of(&source.load(name, &[rows, columns], DType::F32, &Device::Cpu)?, held);
+            let raw = source.checked(name, &[rows, columns])?;
+            return Ok(Self::Packed(Packed::of(held, rows, columns, |from, to| raw.read(from, to))?));
         }
         let bytes = source.blocks(name)?;
         let packed = match held {
@@ -113,26 +131,22 @@ impl Matrix {
 
     /// A matrix of plain numbers in their own type.
     pub fn new(values: Tensor) -> Result<Self> {
-        if !values.device().is_cpu() {
-            return Ok(Self::Plain(values));
+        if values.device().is_cpu() && matches!(values.dtype(), DType::BF16 | DType::F16) {
+            Self::of(&values, Held::Plain(values.dtype()))
+        } else {
+            Ok(Self::Plain(values))
         }
-        let shape = values.dims2()?;
-        Ok(match values.dtype() {
-            DType::BF16 => Self::Packed(Packed::bf16(&values.flatten_all()?.to_vec1::<bf16>()?, shape.0, shape.1)),
-            DType::F16 => Self::Packed(Packed::f16(&values.flatten_all()?.to_vec1::<f16>()?, shape.0, shape.1)),
-            _ => Self::Plain(values),
-        })
     }
 
     /// A matrix of plain numbers, held otherwise.
     pub fn of(values: &Tensor, held: Held) -> Result<Self> {
         let (rows, columns) = values.dims2()?;
         match held {
-            Held::Plain(dtype) => Self::new(values.to_dtype(dtype)?),
-            Held::Q8_0 => Ok(Self::Packed(kernels::with_slice(&values.to_dtype(DType::F32)?, |values| Packed::q8(values, rows, columns))?)),
-            Held::Blocks(of) => {
-                let blocks = QTensor::quantize(&values.to_dtype(DType::F32)?.contiguous()?, of.ggml())?;
-                Ok(Self::Packed(Packed::blocks(of, &blocks.data()?, rows, columns)))
+            Held::Plain(dtype) if dtype == DType::F32 || !values.device().is_cpu() => Ok(Self::Plain(values.to_dtype(dtype)?)),
+            _ => {
+                let values = values.to_dtype(DType::F32)?;
+                let read = |values: &[f32]| Packed::of(held, rows, columns, |from, to| to.copy_from_slice(&values[from..from + to.len()]));
+                Ok(Self::Packed(kernels::with_slice(&values, read)??))
             }
         }
     }

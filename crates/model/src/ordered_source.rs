@@ -1,11 +1,10 @@
 //! A weights file whose matrices come with their rows or columns in another order.
 
 use crate::held::Held;
-use crate::source::{RawTensor, Source, Stored};
+use crate::source::{RawTensor, Source, Stored, TensorBytes};
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use std::borrow::Cow;
 use std::collections::HashMap;
 
 /// Another source, with rows or columns of some tensors in another order. Blocks whose columns change places are quantised anew, in the same type.
@@ -38,7 +37,7 @@ impl<'a> OrderedSource<'a> {
         self.orders.insert(name, Order::Columns(order));
     }
 
-    fn in_order<'b>(&self, name: &str, shape: &[usize], bytes: Cow<'b, [u8]>) -> Cow<'b, [u8]> {
+    fn in_order<'b>(&self, name: &str, shape: &[usize], bytes: TensorBytes<'b>) -> TensorBytes<'b> {
         let (order, pieces) = match self.orders.get(name) {
             None => return bytes,
             Some(Order::Rows(order)) => (order, 1),
@@ -56,7 +55,7 @@ impl<'a> OrderedSource<'a> {
                 ordered.extend_from_slice(&piece[*from as usize * part..][..part]);
             }
         }
-        Cow::Owned(ordered)
+        ordered.into()
     }
 }
 
@@ -83,7 +82,7 @@ impl Source for OrderedSource<'_> {
         self.source.block_type(name)
     }
 
-    fn blocks(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+    fn blocks(&self, name: &str) -> Result<TensorBytes<'_>> {
         let shape = self.shape(name).unwrap_or_default();
         if !matches!(self.orders.get(name), Some(Order::Columns(_))) {
             return Ok(self.in_order(name, &shape, self.source.blocks(name)?));
@@ -93,7 +92,7 @@ impl Source for OrderedSource<'_> {
             _ => GgmlDType::Q8_0,
         };
         let values = Tensor::from_vec(self.raw(name)?.to_f32(), shape, &Device::Cpu)?;
-        Ok(Cow::Owned(QTensor::quantize(&values, ggml)?.data()?.into_owned()))
+        Ok(QTensor::quantize(&values, ggml)?.data()?.into_owned().into())
     }
 
     fn keeps_types(&self) -> bool {

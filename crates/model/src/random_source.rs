@@ -5,7 +5,6 @@ use crate::source::{RawTensor, Source, TensorNames};
 use crate::{Error, Result};
 use candle_core::DType;
 use rayon::prelude::*;
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 /// The largest magnitude of a weight.
@@ -65,7 +64,7 @@ impl Source for RandomSource {
         };
         let mut bytes = vec![0; 4 * shape.iter().product::<usize>()];
         bytes.par_chunks_exact_mut(4).enumerate().for_each(|(i, to)| to.copy_from_slice(&value(i).to_le_bytes()));
-        Ok(RawTensor { dtype: DType::F32, shape, bytes: Cow::Owned(bytes) })
+        Ok(RawTensor { dtype: DType::F32, shape, bytes: bytes.into() })
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error {

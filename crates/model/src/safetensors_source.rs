@@ -1,13 +1,13 @@
 //! Weights from safetensors: one file, or several behind an index.
 
-use crate::source::{RawTensor, Source};
+use crate::source::{RawTensor, Source, TensorBytes};
 use crate::{Error, Result};
 use candle_core::DType;
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A file's bytes: mapped from disk, or part of the binary.
@@ -36,6 +36,14 @@ impl Bytes {
         // open is outside what mmap can protect against, and our own writers replace files by rename.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
         Ok(Self::Mapped(map))
+    }
+
+    /// A tensor's part of the file.
+    pub(crate) fn tensor(&self, at: Range<usize>) -> TensorBytes<'_> {
+        match self {
+            Self::Mapped(map) => TensorBytes::mapped(map, at),
+            Self::Embedded(bytes) => TensorBytes::from(&bytes[at]),
+        }
     }
 }
 
@@ -138,7 +146,7 @@ impl Source for SafetensorsSource {
             other => return Err(self.mismatch(name, "type F32, F16 or BF16", &format!("type {other:?}"))),
         };
         let (start, end) = info.data_offsets;
-        Ok(RawTensor { dtype, shape: info.shape.clone(), bytes: Cow::Borrowed(&shard.bytes[shard.data + start..shard.data + end]) })
+        Ok(RawTensor { dtype, shape: info.shape.clone(), bytes: shard.bytes.tensor(shard.data + start..shard.data + end) })
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error {

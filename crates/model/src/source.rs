@@ -4,6 +4,7 @@ use crate::held::Held;
 use crate::{Architecture, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use std::borrow::Cow;
+use std::ops::Deref;
 
 /// A tensor as it is stored, row-major.
 #[derive(Debug)]
@@ -13,7 +14,69 @@ pub struct RawTensor<'a> {
     /// Dimensions.
     pub shape: Vec<usize>,
     /// Little-endian elements.
-    pub bytes: Cow<'a, [u8]>,
+    pub bytes: TensorBytes<'a>,
+}
+
+/// A tensor's bytes: in memory, or in a mapped file, whose pages the process lets go with them. What is loaded is held elsewhere by then, laid out for its
+/// products; without this a model being loaded would count twice.
+#[derive(Debug)]
+pub struct TensorBytes<'a> {
+    bytes: Cow<'a, [u8]>,
+    /// The file, and where the tensor begins in it.
+    mapped: Option<(&'a memmap2::Mmap, usize)>,
+}
+
+impl<'a> TensorBytes<'a> {
+    /// Some bytes of a mapped file.
+    pub(crate) fn mapped(map: &'a memmap2::Mmap, at: std::ops::Range<usize>) -> Self {
+        Self { bytes: Cow::Borrowed(&map[at.clone()]), mapped: Some((map, at.start)) }
+    }
+
+    /// Leaves out what comes after the first `len` bytes.
+    pub fn truncate(&mut self, len: usize) {
+        match &mut self.bytes {
+            Cow::Borrowed(bytes) => *bytes = &bytes[..len.min(bytes.len())],
+            Cow::Owned(bytes) => bytes.truncate(len),
+        }
+    }
+
+    /// The bytes in memory of their own.
+    pub fn into_vec(mut self) -> Vec<u8> {
+        std::mem::take(&mut self.bytes).into_owned()
+    }
+}
+
+impl From<Vec<u8>> for TensorBytes<'_> {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { bytes: Cow::Owned(bytes), mapped: None }
+    }
+}
+
+impl<'a> From<&'a [u8]> for TensorBytes<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self { bytes: Cow::Borrowed(bytes), mapped: None }
+    }
+}
+
+impl Deref for TensorBytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for TensorBytes<'_> {
+    fn drop(&mut self) {
+        #[cfg(unix)]
+        if let Some((map, start)) = self.mapped {
+            // SAFETY: the map is of a file and read-only, so that pages which are needed again are read again
+            let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, self.bytes.len()) };
+            if let Err(error) = advised {
+                tracing::debug!(%error, "pages of a mapped file stay in memory");
+            }
+        }
+    }
 }
 
 /// A tensor's place in its file.
@@ -59,7 +122,7 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// As [`Source::raw`], and for a tensor without blocks.
-    fn blocks(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+    fn blocks(&self, name: &str) -> Result<TensorBytes<'_>> {
         Err(self.mismatch(name, "a tensor in blocks", "plain numbers"))
     }
 
@@ -80,22 +143,29 @@ pub trait Source: Send + Sync + std::fmt::Debug {
     /// An [`Error::Tensor`] about `name`, with the file that holds (or should hold) it.
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> Error;
 
-    /// Loads a tensor, checking its shape and that every number is finite.
+    /// As [`Source::raw`], of a tensor whose shape is known and whose numbers are finite.
     ///
     /// # Errors
     /// [`Error::Tensor`] for a missing tensor, another shape, or a NaN or infinite element.
-    fn load(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    fn checked(&self, name: &str, shape: &[usize]) -> Result<RawTensor<'_>> {
         match self.shape(name) {
             Some(found) if found == shape => {}
             Some(found) => return Err(self.mismatch(name, &format!("shape {shape:?}"), &format!("shape {found:?}"))),
             None => return Err(self.mismatch(name, &format!("shape {shape:?}"), "nothing: it is missing from the file")),
         }
         let raw = self.raw(name)?;
-        let values = raw.to_f32();
-        if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-            return Err(self.mismatch(name, "finite numbers", &format!("{} at element {at}: the weights are damaged", values[at])));
+        match raw.not_finite() {
+            Some((at, value)) => Err(self.mismatch(name, "finite numbers", &format!("{value} at element {at}: the weights are damaged"))),
+            None => Ok(raw),
         }
-        let host = Tensor::from_vec(values, shape, &Device::Cpu)?;
+    }
+
+    /// Loads a tensor, checking it as [`Source::checked`] does.
+    ///
+    /// # Errors
+    /// Those of [`Source::checked`].
+    fn load(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+        let host = Tensor::from_vec(self.checked(name, shape)?.to_f32(), shape, &Device::Cpu)?;
         Ok(host.to_dtype(dtype)?.to_device(device)?)
     }
 }
@@ -103,11 +173,29 @@ pub trait Source: Send + Sync + std::fmt::Debug {
 impl RawTensor<'_> {
     /// The elements widened to f32 (exact for all three types).
     pub fn to_f32(&self) -> Vec<f32> {
-        let halves = || self.bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        let mut values = vec![0.0; self.bytes.len() / self.dtype.size_in_bytes()];
+        self.read(0, &mut values);
+        values
+    }
+
+    /// The first element that is NaN or infinite, and where it is.
+    fn not_finite(&self) -> Option<(usize, f32)> {
+        let (mut some, count) = ([0f32; 1024], self.bytes.len() / self.dtype.size_in_bytes());
+        (0..count).step_by(some.len()).find_map(|from| {
+            let some = &mut some[..1024.min(count - from)];
+            self.read(from, some);
+            some.iter().position(|value| !value.is_finite()).map(|at| (from + at, some[at]))
+        })
+    }
+
+    /// Elements from the one at `from` on, in row-major order, widened to f32.
+    pub fn read(&self, from: usize, to: &mut [f32]) {
+        let bytes = &self.bytes[from * self.dtype.size_in_bytes()..];
+        let halves = |of: fn(u16) -> f32, to: &mut [f32]| to.iter_mut().zip(bytes.as_chunks().0).for_each(|(to, b)| *to = of(u16::from_le_bytes(*b)));
         match self.dtype {
-            DType::BF16 => halves().map(|b| f32::from_bits(u32::from(b) << 16)).collect(),
-            DType::F16 => halves().map(|b| half::f16::from_bits(b).to_f32()).collect(),
-            _ => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            DType::BF16 => halves(|bits| f32::from_bits(u32::from(bits) << 16), to),
+            DType::F16 => halves(|bits| half::f16::from_bits(bits).to_f32(), to),
+            _ => to.iter_mut().zip(bytes.as_chunks().0).for_each(|(to, b)| *to = f32::from_le_bytes(*b)),
         }
     }
 }

@@ -6,12 +6,11 @@ use crate::config::{Architecture, Config};
 use crate::held::Held;
 use crate::kernels::ggml::BlockType;
 use crate::safetensors_source::Bytes;
-use crate::source::{RawTensor, Source, Stored};
+use crate::source::{RawTensor, Source, Stored, TensorBytes};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo};
 use candle_core::{DType, Device, Tensor};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -130,18 +129,18 @@ impl GgufSource {
     }
 
     /// The rows of a tensor in Hugging Face's order.
-    fn in_order<'a>(&self, name: &str, bytes: Cow<'a, [u8]>, rows: usize, heads: Option<usize>) -> Result<Cow<'a, [u8]>> {
+    fn in_order<'a>(&self, name: &str, bytes: TensorBytes<'a>, rows: usize, heads: Option<usize>) -> Result<TensorBytes<'a>> {
         match heads {
             None => Ok(bytes),
-            Some(heads) if rows > 0 && rows.is_multiple_of(2 * heads) => Ok(Cow::Owned(permute_rows(&bytes, rows, heads, RowOrder::HuggingFace))),
+            Some(heads) if rows > 0 && rows.is_multiple_of(2 * heads) => Ok(permute_rows(&bytes, rows, heads, RowOrder::HuggingFace).into()),
             Some(heads) => Err(self.mismatch(name, &format!("rows of {heads} heads of an even width"), &format!("{rows} rows"))),
         }
     }
 
     /// A tensor's bytes in the file; `open` made sure that they are there.
-    fn file_bytes(&self, info: &TensorInfo) -> &[u8] {
+    fn file_bytes(&self, info: &TensorInfo) -> TensorBytes<'_> {
         let start = (self.content.tensor_data_offset + info.offset) as usize;
-        &self.bytes[start..start + file_size(info)]
+        self.bytes.tensor(start..start + file_size(info))
     }
 }
 
@@ -190,10 +189,10 @@ impl Source for GgufSource {
         let (info, gguf, heads) = self.info(name)?;
         let shape = info.shape.dims().to_vec();
         let (dtype, bytes) = match plain_type(info.ggml_dtype) {
-            Some(dtype) => (dtype, Cow::Borrowed(self.file_bytes(info))),
+            Some(dtype) => (dtype, self.file_bytes(info)),
             None => {
                 let values = dequantized(&self.content, &self.bytes, gguf, &self.path)?.flatten_all()?.to_vec1::<f32>()?;
-                (DType::F32, Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect()))
+                (DType::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into())
             }
         };
         let bytes = self.in_order(name, bytes, shape.first().copied().unwrap_or(0), heads)?;
@@ -204,9 +203,9 @@ impl Source for GgufSource {
         Ok(held(self.info(name)?.0.ggml_dtype))
     }
 
-    fn blocks(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+    fn blocks(&self, name: &str) -> Result<TensorBytes<'_>> {
         let (info, _, heads) = self.info(name)?;
-        self.in_order(name, Cow::Borrowed(self.file_bytes(info)), info.shape.dims().first().copied().unwrap_or(0), heads)
+        self.in_order(name, self.file_bytes(info), info.shape.dims().first().copied().unwrap_or(0), heads)
     }
 
     fn keeps_types(&self) -> bool {

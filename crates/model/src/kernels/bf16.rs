@@ -11,14 +11,16 @@ use rayon::prelude::*;
 /// Cache lines of a group's step: a pair of inputs each.
 pub(super) const LINES: usize = STEP / 2;
 
-/// Lays out the rows of w [rows, columns]; absent rows and columns are zeros.
-pub(crate) fn lay_out(w: &[bf16], rows: usize, columns: usize) -> Vec<Line> {
+/// Lays out w [rows, columns], whose elements `read` gives from an index on; absent rows and columns are zeros.
+pub(crate) fn lay_out(rows: usize, columns: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Vec<Line> {
     let steps = columns.div_ceil(STEP);
     let mut lines = vec![Line([0; 64]); rows.div_ceil(GROUP) * steps * LINES];
     lines.par_chunks_mut((steps * LINES).max(1)).enumerate().for_each(|(group, lines)| {
+        let mut values = vec![0.0; columns];
         for row in 0..GROUP.min(rows - group * GROUP) {
-            for (column, value) in w[(group * GROUP + row) * columns..][..columns].iter().enumerate() {
-                lines[column / 2].0[4 * row + column % 2 * 2..][..2].copy_from_slice(&value.to_le_bytes());
+            read((group * GROUP + row) * columns, &mut values);
+            for (column, value) in values.iter().enumerate() {
+                lines[column / 2].0[4 * row + column % 2 * 2..][..2].copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
             }
         }
     });
@@ -137,13 +139,17 @@ mod tests {
         kernels
     }
 
+    fn of(w: &[bf16]) -> impl Fn(usize, &mut [f32]) + Sync {
+        |from, to| to.iter_mut().zip(&w[from..]).for_each(|(to, w)| *to = w.to_f32())
+    }
+
     #[test]
     fn products_of_rounded_numbers_on_every_kernel_whatever_is_beside_a_row() {
         for (tokens, rows, k) in [(1, 7, 32), (5, 40, 64), (33, 100, 96), (70, 64, 576), (16, 33, 50), (3, 5, 33), (64, 80, 64)] {
             let rounded = |values: Vec<f32>| values.into_iter().map(bf16::from_f32).collect::<Vec<_>>();
             let w = rounded(numbers(rows * k, 3));
             let x = numbers(tokens * k, 40);
-            let lines = lay_out(&w, rows, k);
+            let lines = lay_out(rows, k, of(&w));
             let weights = Weights { format: Format::Bf16, lines: &lines, scales: &[], parts: &[], row_steps: k.div_ceil(STEP), rows };
             let by = |multiply: &Multiply, x: &[f32], tokens: usize| {
                 let mut y = unfilled(tokens * rows);
@@ -180,6 +186,6 @@ mod tests {
             multiply(&x, tokens, narrow, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
             y
         };
-        assert_eq!(by(&lay_out(&w, rows, k), 3), by(&lay_out(&cut, rows, narrow), 2));
+        assert_eq!(by(&lay_out(rows, k, of(&w)), 3), by(&lay_out(rows, narrow, of(&cut)), 2));
     }
 }

@@ -12,14 +12,16 @@ use std::ops::Range;
 /// Cache lines of a group's step: two inputs each.
 pub(super) const LINES: usize = STEP / 2;
 
-/// Lays out the rows of w [rows, columns]; absent rows and columns are zeros.
-pub(crate) fn lay_out(w: &[f16], rows: usize, columns: usize) -> Vec<Line> {
+/// As [`super::bf16::lay_out`].
+pub(crate) fn lay_out(rows: usize, columns: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Vec<Line> {
     let steps = columns.div_ceil(STEP);
     let mut lines = vec![Line([0; 64]); rows.div_ceil(GROUP) * steps * LINES];
     lines.par_chunks_mut((steps * LINES).max(1)).enumerate().for_each(|(group, lines)| {
+        let mut values = vec![0.0; columns];
         for row in 0..GROUP.min(rows - group * GROUP) {
-            for (column, value) in w[(group * GROUP + row) * columns..][..columns].iter().enumerate() {
-                lines[column / 2].0[place(row, column)..][..2].copy_from_slice(&value.to_le_bytes());
+            read((group * GROUP + row) * columns, &mut values);
+            for (column, value) in values.iter().enumerate() {
+                lines[column / 2].0[place(row, column)..][..2].copy_from_slice(&f16::from_f32(*value).to_le_bytes());
             }
         }
     });
@@ -249,12 +251,16 @@ mod tests {
         (0..count).map(|i| (((i + seed) * 7919 + 13) % 2_003) as f32 / 1_001.0 - 1.0).collect()
     }
 
+    fn of(w: &[f16]) -> impl Fn(usize, &mut [f32]) + Sync {
+        |from, to| to.iter_mut().zip(&w[from..]).for_each(|(to, w)| *to = w.to_f32())
+    }
+
     #[test]
     fn every_kernel_gives_the_same_bits_near_the_exact_product_of_f16_weights() {
         for (tokens, rows, k) in [(1, 7, 32), (5, 40, 64), (33, 100, 96), (70, 64, 576), (16, 33, 50), (3, 5, 33), (13, 80, 64)] {
             let w: Vec<f16> = numbers(rows * k, 3).into_iter().map(f16::from_f32).collect();
             let x = numbers(tokens * k, 40);
-            let lines = lay_out(&w, rows, k);
+            let lines = lay_out(rows, k, of(&w));
             let weights = Weights { format: Format::F16, lines: &lines, scales: &[], parts: &[], row_steps: k.div_ceil(STEP), rows };
             let by = |kernel: Kernel| {
                 let mut y = unfilled(tokens * rows);
@@ -295,6 +301,6 @@ mod tests {
             multiply(&x, tokens, narrow, &[Product { weights, y: SharedOut(y.as_mut_ptr()) }]);
             y
         };
-        assert_eq!(by(&lay_out(&w, rows, k), 3), by(&lay_out(&cut, rows, narrow), 2));
+        assert_eq!(by(&lay_out(rows, k, of(&w)), 3), by(&lay_out(rows, narrow, of(&cut)), 2));
     }
 }

@@ -3,9 +3,8 @@
 use super::plan::{Origin, Planned};
 use super::{Contents, FileType};
 use crate::{Error, Result};
-use evop_model::{DType, RawTensor};
+use evop_model::{DType, RawTensor, TensorBytes};
 use half::{bf16, f16};
-use std::borrow::Cow;
 
 impl FileType {
     /// The type of single numbers; `None` for blocks.
@@ -25,7 +24,7 @@ pub(super) fn read<'a>(contents: &Contents<'a>, tensor: &Planned) -> evop_model:
         Origin::Source(name) => contents.source.raw(name),
         Origin::Zeros => {
             let bytes = vec![0; tensor.shape.iter().product::<usize>() * tensor.dtype.size_in_bytes()];
-            Ok(RawTensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes: Cow::Owned(bytes) })
+            Ok(RawTensor { dtype: tensor.dtype, shape: tensor.shape.clone(), bytes: bytes.into() })
         }
     }
 }
@@ -34,7 +33,7 @@ pub(super) fn read<'a>(contents: &Contents<'a>, tensor: &Planned) -> evop_model:
 ///
 /// # Errors
 /// [`Error::Format`] for a number that is beyond the type's range.
-pub(super) fn convert<'a>(raw: RawTensor<'a>, to: DType, name: &str) -> Result<Cow<'a, [u8]>> {
+pub(super) fn convert<'a>(raw: RawTensor<'a>, to: DType, name: &str) -> Result<TensorBytes<'a>> {
     if raw.dtype == to {
         return Ok(raw.bytes);
     }
@@ -47,5 +46,5 @@ pub(super) fn convert<'a>(raw: RawTensor<'a>, to: DType, name: &str) -> Result<C
     if let (DType::F16, Some(at)) = (to, values.iter().position(|v| v.is_finite() && v.abs() >= 65_520.0)) {
         return Err(Error::Format(format!("tensor `{name}`: {} at element {at} is beyond the range of f16: use bf16 or f32", values[at])));
     }
-    Ok(Cow::Owned(bytes))
+    Ok(bytes.into())
 }

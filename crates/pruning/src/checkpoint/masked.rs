@@ -1,8 +1,7 @@
 //! A parent's tensors as a pattern leaves them: the first key/value groups and channels of every sub-block.
 
 use crate::Result;
-use evop_model::{Config, DType, Pattern, RawTensor, Source, TensorNames};
-use std::borrow::Cow;
+use evop_model::{Config, DType, Pattern, RawTensor, Source, TensorBytes, TensorNames};
 
 /// How much of a tensor is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,17 +90,13 @@ impl Source for MaskedSource<'_> {
                 let kept = shape[1] * size;
                 let mut bytes = Vec::with_capacity(rows * kept);
                 whole.bytes.chunks_exact(columns * size).for_each(|row| bytes.extend_from_slice(&row[..kept]));
-                Cow::Owned(bytes)
+                TensorBytes::from(bytes)
             }
             _ => {
                 let kept = shape.iter().product::<usize>() * size;
-                match whole.bytes {
-                    Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[..kept]),
-                    Cow::Owned(mut bytes) => {
-                        bytes.truncate(kept);
-                        Cow::Owned(bytes)
-                    }
-                }
+                let mut bytes = whole.bytes;
+                bytes.truncate(kept);
+                bytes
             }
         };
         Ok(RawTensor { dtype: whole.dtype, shape, bytes })

@@ -203,7 +203,7 @@ pub fn fingerprint(source: &dyn Source) -> Result<String> {
     for name in source.names() {
         let raw = source.raw(&name)?;
         hash.update(format!("{name} {:?} {:?}\n", raw.dtype, raw.shape));
-        hash.update(&raw.bytes);
+        hash.update(&*raw.bytes);
     }
     Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }

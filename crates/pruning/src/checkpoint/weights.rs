@@ -4,7 +4,7 @@ use super::convert::{convert, read};
 use super::plan::{Plan, Planned};
 use super::{Contents, FileType};
 use crate::{Error, Result, storage};
-use evop_model::DType;
+use evop_model::{DType, TensorBytes};
 use safetensors::tensor::{Dtype as SafeDtype, View};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -80,10 +80,10 @@ impl View for Lazy<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let converted = read(self.contents, self.tensor).map_err(Error::from).and_then(|raw| convert(raw, self.dtype, &self.tensor.name));
-        converted.unwrap_or_else(|error| {
+        Cow::Owned(converted.map(TensorBytes::into_vec).unwrap_or_else(|error| {
             self.failed.borrow_mut().get_or_insert(error);
-            Cow::Borrowed(&[])
-        })
+            Vec::new()
+        }))
     }
 
     fn data_len(&self) -> usize {

@@ -1,7 +1,6 @@
 //! A parent's tensors with the embedding's and the head's rows of the kept tokens.
 
 use evop_model::{DType, RawTensor, Source, TensorNames};
-use std::borrow::Cow;
 
 /// The parent's tensors; of the embedding and the head, [vocab, hidden], some rows in the order of their new ids. Nothing is copied before it is read.
 #[derive(Debug)]
@@ -52,7 +51,7 @@ impl Source for KeptRows<'_> {
             bytes.extend_from_slice(row);
         }
         let shape = [&[self.rows.len()], whole.shape.get(1..).unwrap_or_default()].concat();
-        Ok(RawTensor { dtype: whole.dtype, shape, bytes: Cow::Owned(bytes) })
+        Ok(RawTensor { dtype: whole.dtype, shape, bytes: bytes.into() })
     }
 
     fn mismatch(&self, name: &str, expected: &str, found: &str) -> evop_model::Error {

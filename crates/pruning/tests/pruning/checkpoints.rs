@@ -5,7 +5,6 @@ use crate::small_models::{FFN, GROUPS, decoder, difference, families, logits, mo
 use evop_model::{Checkpoint, Config, DType, Decoder, Device, Error, Pattern, RawTensor, ShapeOrigin, Source};
 use evop_pruning::checkpoint::{Contents, FileType, Format, Target, write_pattern};
 use serde_json::{Value, json};
-use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -271,8 +270,8 @@ impl Source for WithBiases<'_> {
     fn raw(&self, name: &str) -> evop_model::Result<RawTensor<'_>> {
         match self.biases.get(name) {
             Some(n) => {
-                let values = (0..*n).flat_map(|i| ((i as f32 * 0.7).sin() * 0.2).to_le_bytes()).collect();
-                Ok(RawTensor { dtype: DType::F32, shape: vec![*n], bytes: Cow::Owned(values) })
+                let values: Vec<u8> = (0..*n).flat_map(|i| ((i as f32 * 0.7).sin() * 0.2).to_le_bytes()).collect();
+                Ok(RawTensor { dtype: DType::F32, shape: vec![*n], bytes: values.into() })
             }
             None => self.source.raw(name),
         }

@@ -7,9 +7,8 @@ use crate::checkpoint::{Contents, FileType};
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QTensor};
 use evop_model::gguf::{ROPE_FREQS, RowOrder, gguf_name, permute_rows};
-use evop_model::{DType, Device, Positions, RawTensor, RopeParameters, RopeScaling, Tensor, TensorNames};
+use evop_model::{DType, Device, Positions, RawTensor, RopeParameters, RopeScaling, Tensor, TensorBytes, TensorNames};
 use rayon::prelude::*;
-use std::borrow::Cow;
 
 /// One tensor of the file.
 #[derive(Debug)]
@@ -154,21 +153,21 @@ impl GgufTensor {
     }
 
     /// The tensor as the file has it.
-    pub fn encode<'a>(&'a self, contents: &Contents<'a>) -> Result<Cow<'a, [u8]>> {
+    pub fn encode<'a>(&'a self, contents: &Contents<'a>) -> Result<TensorBytes<'a>> {
         let (planned, heads) = match &self.numbers {
-            Numbers::Values(values) => return Ok(Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect())),
+            Numbers::Values(values) => return Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into()),
             Numbers::Planned(planned, heads) => (planned, heads),
         };
         let mut raw = read(contents, planned)?;
         if let Some(heads) = heads {
             let rows = raw.shape.first().copied().unwrap_or(0);
-            raw.bytes = Cow::Owned(permute_rows(&raw.bytes, rows, *heads, RowOrder::LlamaCpp));
+            raw.bytes = permute_rows(&raw.bytes, rows, *heads, RowOrder::LlamaCpp).into();
         }
         match self.kind {
             GgmlDType::F32 => convert(raw, DType::F32, &planned.name),
             GgmlDType::F16 => convert(raw, DType::F16, &planned.name),
             GgmlDType::BF16 => convert(raw, DType::BF16, &planned.name),
-            blocks => quantize(&raw, blocks).map(Cow::Owned),
+            blocks => quantize(&raw, blocks).map(TensorBytes::from),
         }
     }
 }
@@ -179,7 +178,7 @@ fn quantize(raw: &RawTensor<'_>, kind: GgmlDType) -> Result<Vec<u8>> {
     let columns = raw.shape.last().copied().unwrap_or(0);
     let row = columns * raw.dtype.size_in_bytes();
     let some_rows = |bytes: &[u8]| -> Result<Vec<u8>> {
-        let part = RawTensor { dtype: raw.dtype, shape: vec![bytes.len() / row, columns], bytes: Cow::Borrowed(bytes) };
+        let part = RawTensor { dtype: raw.dtype, shape: vec![bytes.len() / row, columns], bytes: bytes.into() };
         let values = Tensor::from_vec(part.to_f32(), part.shape, &Device::Cpu)?;
         Ok(QTensor::quantize(&values, kind)?.data()?.into_owned())
     };
