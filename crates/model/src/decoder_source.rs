@@ -38,8 +38,7 @@ impl Numbers {
             Self::Matrix(matrix) => {
                 let mut whole = Vec::with_capacity(matrix.rows() * matrix.columns() * dtype.size_in_bytes());
                 for from in (0..matrix.rows()).step_by(ROWS) {
-                    let rows: Vec<u32> = (from..matrix.rows().min(from + ROWS)).map(|row| row as u32).collect();
-                    whole.extend(bytes(&matrix.select_rows(&rows)?, dtype)?);
+                    whole.extend(bytes(&matrix.rows_at(from..matrix.rows().min(from + ROWS))?, dtype)?);
                 }
                 Ok(whole)
             }

@@ -9,6 +9,7 @@ use crate::{Error, Result};
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A matrix [rows, columns]; rows are outputs. Cloning and narrowing share the memory.
@@ -210,6 +211,14 @@ impl Matrix {
                     _ => of.select(rows, |value| value),
                 }
             }
+        }
+    }
+
+    /// Rows that lie together, as plain numbers.
+    pub fn rows_at(&self, rows: Range<usize>) -> Result<Tensor> {
+        match self {
+            Self::Plain(tensor) => Ok(tensor.narrow(0, rows.start, rows.len())?),
+            Self::Packed(of) => of.select(rows, |value| value),
         }
     }
 
