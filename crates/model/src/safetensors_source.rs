@@ -159,3 +159,37 @@ impl Source for SafetensorsSource {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Kilobytes of a file that this process has in memory.
+    #[cfg(target_os = "linux")]
+    fn resident(file: &Path) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let of_file = maps.lines().skip_while(|line| !line.ends_with(file.to_str().unwrap()));
+        let kilobytes = of_file.into_iter().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.trim().parse().ok());
+        kilobytes.unwrap()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pages_of_a_file_go_with_the_tensor_that_was_read_and_come_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("numbers");
+        let numbers: Vec<u8> = (0..1u32 << 20).map(|i| (i % 251) as u8).collect();
+        std::fs::write(&path, &numbers).unwrap();
+        let bytes = Bytes::map(&path).unwrap();
+        for _ in 0..2 {
+            let tensor = bytes.tensor(4_000..1_000_000);
+            assert!(tensor[..] == numbers[4_000..1_000_000]);
+            assert!(resident(&path) > 900);
+            drop(tensor);
+            assert!(resident(&path) < 100);
+        }
+        let mut tensor = bytes.tensor(8..100);
+        tensor.truncate(3);
+        assert_eq!(tensor.into_vec(), [8, 9, 10]);
+    }
+}

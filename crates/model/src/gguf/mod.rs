@@ -61,10 +61,8 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
     }
     let content = Arc::new(content);
     let metadata = Metadata { values: &content.metadata, path };
-    let divisors = match content.tensor_infos.contains_key(ROPE_FREQS) {
-        true => Some(source::dequantized(&content, &bytes, ROPE_FREQS, path)?.flatten_all()?.to_vec1()?),
-        false => None,
-    };
+    let dequantized = |info| source::dequantized(&content, &bytes, info).map_err(|e| Error::corrupt(path, format!("tensor `{ROPE_FREQS}`: {e}")));
+    let divisors = content.tensor_infos.get(ROPE_FREQS).map(dequantized).transpose()?;
     let config = config::config(&metadata, &content.tensor_infos, divisors)?;
     let tokenizer = tokenizer::build(&metadata)?;
     let source = GgufSource::new(path, bytes, Arc::clone(&content), &config, &metadata)?;

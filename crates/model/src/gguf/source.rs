@@ -9,10 +9,10 @@ use crate::safetensors_source::Bytes;
 use crate::source::{RawTensor, Source, Stored, TensorBytes};
 use crate::{Error, Result};
 use candle_core::quantized::GgmlDType;
+use candle_core::quantized::ggml_file::qtensor_from_ggml;
 use candle_core::quantized::gguf_file::{Content, TensorInfo};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use std::collections::BTreeMap;
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -82,11 +82,18 @@ pub fn permute_rows(bytes: &[u8], rows: usize, heads: usize, to: RowOrder) -> Ve
     permuted
 }
 
-/// A tensor as f32.
-pub(super) fn dequantized(content: &Content, bytes: &[u8], gguf: &str, path: &Path) -> Result<Tensor> {
-    let tensor = content.tensor(&mut Cursor::new(bytes), gguf, &Device::Cpu);
-    let tensor = tensor.map_err(|e| Error::corrupt(path, format!("tensor `{gguf}`: {e}")))?;
-    Ok(tensor.dequantize(&Device::Cpu)?)
+/// A tensor's numbers as f32.
+pub(super) fn dequantized(content: &Content, bytes: &Bytes, info: &TensorInfo) -> Result<Vec<f32>> {
+    // (candle reads blocks as numbers where they lie, which a file needn't have aligned)
+    let blocks = file_bytes(content, bytes, info).into_vec();
+    let tensor = qtensor_from_ggml(info.ggml_dtype, &blocks, info.shape.dims().to_vec(), &Device::Cpu)?;
+    Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+}
+
+/// A tensor's bytes in the file; `open` made sure that they are there.
+fn file_bytes<'a>(content: &Content, bytes: &'a Bytes, info: &TensorInfo) -> TensorBytes<'a> {
+    let start = (content.tensor_data_offset + info.offset) as usize;
+    bytes.tensor(start..start + file_size(info))
 }
 
 pub(super) struct GgufSource {
@@ -137,10 +144,8 @@ impl GgufSource {
         }
     }
 
-    /// A tensor's bytes in the file; `open` made sure that they are there.
     fn file_bytes(&self, info: &TensorInfo) -> TensorBytes<'_> {
-        let start = (self.content.tensor_data_offset + info.offset) as usize;
-        self.bytes.tensor(start..start + file_size(info))
+        file_bytes(&self.content, &self.bytes, info)
     }
 }
 
@@ -191,7 +196,7 @@ impl Source for GgufSource {
         let (dtype, bytes) = match plain_type(info.ggml_dtype) {
             Some(dtype) => (dtype, self.file_bytes(info)),
             None => {
-                let values = dequantized(&self.content, &self.bytes, gguf, &self.path)?.flatten_all()?.to_vec1::<f32>()?;
+                let values = dequantized(&self.content, &self.bytes, info).map_err(|e| Error::corrupt(&self.path, format!("tensor `{gguf}`: {e}")))?;
                 (DType::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into())
             }
         };
