@@ -3,6 +3,7 @@
 use crate::held::Held;
 use crate::{Architecture, Error, Result};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Deref;
 
@@ -180,9 +181,11 @@ impl RawTensor<'_> {
 
     /// The first element that is NaN or infinite, and where it is.
     fn not_finite(&self) -> Option<(usize, f32)> {
-        let (mut some, count) = ([0f32; 1024], self.bytes.len() / self.dtype.size_in_bytes());
-        (0..count).step_by(some.len()).find_map(|from| {
-            let some = &mut some[..1024.min(count - from)];
+        const SOME: usize = 4096;
+        let count = self.bytes.len() / self.dtype.size_in_bytes();
+        (0..count.div_ceil(SOME)).into_par_iter().find_map_first(|chunk| {
+            let (from, mut some) = (chunk * SOME, [0f32; SOME]);
+            let some = &mut some[..SOME.min(count - from)];
             self.read(from, some);
             some.iter().position(|value| !value.is_finite()).map(|at| (from + at, some[at]))
         })
