@@ -230,15 +230,16 @@ fn speeds(
         println!("{}", serde_json::to_string_pretty(&lines)?);
         return Ok(());
     }
-    println!(
-        "{what:>9}{:>12}{:>20}{:>8}{:>12}{:>12}{:>20}{:>10}{:>10}{:>10}",
-        "tokens/s", "from - to", "GB/s", "of the bound", "against", "from - to", "speed-up", "by bytes", "by FLOPs"
-    );
+    print!("{what:>9}{:>12}{:>20}{:>8}{:>14}", "tokens/s", "from - to", "GB/s", "of the bound");
+    if lines.iter().any(|line| line.against.is_some()) {
+        print!("{:>12}{:>20}{:>10}{:>10}{:>10}", "against", "from - to", "speed-up", "by bytes", "by FLOPs");
+    }
+    println!();
     for line in lines {
         let range = |s: [f64; 3]| format!("{:.1} - {:.1}", s[1], s[2]);
         let gigabytes = line.gigabytes_per_second.map_or(String::new(), |g| format!("{g:.1}"));
         let share = line.share_of_bandwidth.map_or(String::new(), |s| format!("{:.0}%", 100.0 * s));
-        print!("{:>9}{:>12.1}{:>20}{gigabytes:>8}{share:>13}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
+        print!("{:>9}{:>12.1}{:>20}{gigabytes:>8}{share:>14}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
         if let (Some(a), Some(s), Some(bytes), Some(flops)) = (line.against, line.speed_up, line.ideal_by_bytes, line.ideal_by_flops) {
             print!("{:>12.1}{:>20}{s:>9.2}x{bytes:>9.2}x{flops:>9.2}x", a[0], range(a));
         }
