@@ -178,7 +178,7 @@ pub enum DTypeChoice {
     Stored,
     /// 32-bit floats.
     F32,
-    /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX).
+    /// 16-bit brain floats; on the CPU for the weights, with sums in f32 (fast where the processor has AMX or AVX-512-BF16).
     Bf16,
     /// 16-bit floats; on the CPU for the weights, with activations and sums in f32.
     F16,
