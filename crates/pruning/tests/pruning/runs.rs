@@ -127,8 +127,8 @@ fn a_draft_is_the_pattern_that_makes_a_token_fastest() {
     assert!(drafting.agreement > 0.05 && drafting.agreement < 1.0 && drafting.tokens >= 1, "{drafting:?}");
     assert_eq!(outcome.held_out.loss, drafting.time);
     let table: evop_pruning::budget::LatencyTable = serde_json::from_slice(&std::fs::read(directory.path().join("latency.json")).unwrap()).unwrap();
-    // (what was kept as the front are the fastest, none of them faster than the one that was found)
-    for point in &outcome.found.front {
+    // (what was kept as the front are the fastest, of which none within the budget is faster than the one that was found; times are measured, so one beyond it can be)
+    for point in outcome.found.front.iter().filter(|point| point.kept <= 0.95) {
         assert!(table.drafting(&point.pattern, point.loss).unwrap().time >= outcome.found.elite[0].1.loss);
     }
     // served over the model's own weights
