@@ -188,6 +188,8 @@ mod tests {
             drop(tensor);
             assert!(resident(&path) < 100);
         }
+        assert!(bytes.tensor(4_000..1_000_000).into_vec() == numbers[4_000..1_000_000]);
+        assert!(resident(&path) < 100);
         let mut tensor = bytes.tensor(8..100);
         tensor.truncate(3);
         assert_eq!(tensor.into_vec(), [8, 9, 10]);

@@ -5,7 +5,7 @@ use crate::{Architecture, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::borrow::Cow;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// A tensor as it is stored, row-major.
 #[derive(Debug)]
@@ -23,14 +23,14 @@ pub struct RawTensor<'a> {
 #[derive(Debug)]
 pub struct TensorBytes<'a> {
     bytes: Cow<'a, [u8]>,
-    /// The file, and where the tensor begins in it.
-    mapped: Option<(&'a memmap2::Mmap, usize)>,
+    /// The file, and where the tensor lies in it.
+    mapped: Option<(&'a memmap2::Mmap, Range<usize>)>,
 }
 
 impl<'a> TensorBytes<'a> {
     /// Some bytes of a mapped file.
-    pub(crate) fn mapped(map: &'a memmap2::Mmap, at: std::ops::Range<usize>) -> Self {
-        Self { bytes: Cow::Borrowed(&map[at.clone()]), mapped: Some((map, at.start)) }
+    pub(crate) fn mapped(map: &'a memmap2::Mmap, at: Range<usize>) -> Self {
+        Self { bytes: Cow::Borrowed(&map[at.clone()]), mapped: Some((map, at)) }
     }
 
     /// Leaves out what comes after the first `len` bytes.
@@ -70,9 +70,9 @@ impl Deref for TensorBytes<'_> {
 impl Drop for TensorBytes<'_> {
     fn drop(&mut self) {
         #[cfg(unix)]
-        if let Some((map, start)) = self.mapped {
+        if let Some((map, at)) = &self.mapped {
             // SAFETY: the map is of a file and read-only, so that pages which are needed again are read again
-            let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, self.bytes.len()) };
+            let advised = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, at.start, at.len()) };
             if let Err(error) = advised {
                 tracing::debug!(%error, "pages of a mapped file stay in memory");
             }
