@@ -31,7 +31,7 @@ compare c4 $c4 "${tasks[@]}" --strategies joint "$@"
 job compare c4 $c4 "${tasks[@]}" --strategies joint,random-joint,uniform "$@"
 job compare c4 $c4 "${tasks[@]}" --strategies evop,evopress,sleb,prune-comp "$@"
 job compare c4 $c4 "${tasks[@]}" --strategies flap,twossp,policy-gradient,magnitude "$@"
-job compare c4 $c4 "${tasks[@]}" --strategies shortgpt,blockpruner,finercut,crash,flatten,surrogate-shapley "$@"
+job compare c4 $c4 "${tasks[@]}" --strategies shortgpt,blockpruner,finercut,crash,flatten,surrogate-shapley,random "$@"
 for sparsity in 0.5 0.375 0.125; do
   job compare c4 $c4 "${tasks[@]}" --sparsity $sparsity --strategies joint,random-joint "$@"
   job compare c4 $c4 "${tasks[@]}" --sparsity $sparsity --strategies evopress,sleb,prune-comp,evop "$@"

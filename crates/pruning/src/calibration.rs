@@ -3,9 +3,10 @@
 
 use crate::embed::Embedder;
 use crate::evaluate::Sample;
+use crate::levels::tokens_sha256;
 use crate::names::named;
-use crate::projection;
-use crate::{Error, Result};
+use crate::{Error, Result, projection, storage};
+use evop_model::Config;
 use linfa::DatasetBase;
 use linfa::traits::{Fit, Predict};
 use linfa_clustering::{KMeans, KMeansInit};
@@ -17,6 +18,7 @@ use rand_xoshiro::Xoshiro256Plus;
 use rand_xoshiro::rand_core::SeedableRng as SeedableXoshiro;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
+use std::path::Path;
 use tokenizers::Tokenizer;
 
 /// Text to calibrate on.
@@ -97,6 +99,28 @@ impl CalibrationOptions {
             held_out_tokens: 0,
             seed: 31,
         }
+    }
+
+    /// Whether a model of this context can be calibrated so: asked before anything is computed.
+    ///
+    /// # Errors
+    /// [`Error::Option`] that names the option.
+    pub fn check(&self, context: usize) -> Result<()> {
+        for (option, value, least) in [
+            ("--sequences", self.sequences, 1),
+            ("--sequence-length", self.sequence_length, 2),
+            ("--clusters", self.clusters, 1),
+            ("--sentences-per-chunk", self.sentences_per_chunk, 1),
+        ] {
+            if value < least {
+                return Err(Error::option(option, format!("expected at least {least}, found {value}")));
+            }
+        }
+        if self.sequence_length > context {
+            let message = format!("expected at most {context} tokens, the model's context, found {}", self.sequence_length);
+            return Err(Error::option("--sequence-length", message));
+        }
+        Ok(())
     }
 }
 
@@ -214,16 +238,7 @@ impl Calibration {
         options: &CalibrationOptions,
         mut progress: impl FnMut(CalibrationStep),
     ) -> Result<Self> {
-        for (option, value, least) in [
-            ("--sequences", options.sequences, 1),
-            ("--sequence-length", options.sequence_length, 2),
-            ("--clusters", options.clusters, 1),
-            ("--sentences-per-chunk", options.sentences_per_chunk, 1),
-        ] {
-            if value < least {
-                return Err(Error::option(option, format!("expected at least {least}, found {value}")));
-            }
-        }
+        options.check(usize::MAX)?;
         let (chunks, corpora) = chunk_corpora(corpora, options);
         let chunks = draw(chunks, options);
         if chunks.is_empty() {
@@ -294,6 +309,45 @@ impl Calibration {
             statistics,
             held_out,
         })
+    }
+
+    /// Reads a `calibration.json`, of the run at hand or of an earlier one, for a model.
+    ///
+    /// # Errors
+    /// [`Error::RunDirectory`] that names the file and what in it isn't of this model, or of no calibration set.
+    pub fn read(path: &Path, config: &Config) -> Result<Self> {
+        let calibration: Self = storage::read_json(path)?;
+        calibration.check(config).map_err(|message| Error::RunDirectory { path: path.to_path_buf(), message })?;
+        Ok(calibration)
+    }
+
+    /// What is wrong with the sequences.
+    fn check(&self, config: &Config) -> std::result::Result<(), String> {
+        if self.sequences.is_empty() {
+            return Err("expected sequences, found none".into());
+        }
+        let (context, vocabulary, clusters) = (config.max_position_embeddings, config.vocab_size, self.cluster_sizes.len());
+        for (list, sequences) in [("sequences", &self.sequences), ("statistics", &self.statistics), ("held_out", &self.held_out)] {
+            for (number, sequence) in sequences.iter().enumerate() {
+                let wrong = |message: String| Err(format!("{list}, number {number}: {message}"));
+                let length = sequence.tokens.len();
+                if length < 2 || length > context {
+                    return wrong(format!("expected 2 to {context} tokens (the model's context), found {length}"));
+                }
+                if let Some(token) = sequence.tokens.iter().find(|token| **token as usize >= vocabulary) {
+                    return wrong(format!("token {token} isn't among the model's {vocabulary}: expected a set of a model with the same tokenizer"));
+                }
+                if sequence.cluster >= clusters {
+                    return wrong(format!("expected one of {clusters} clusters, found {}", sequence.cluster));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// SHA-256 of all tokens: of the scored sequences, those for statistics and those held out.
+    pub fn sha256(&self) -> String {
+        tokens_sha256([&self.sequences, &self.statistics, &self.held_out].into_iter().flatten().map(|s| &s.tokens))
     }
 
     /// What patterns are scored on.

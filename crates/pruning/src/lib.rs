@@ -20,6 +20,7 @@ pub mod levels;
 mod linalg;
 mod loss;
 mod names;
+mod numbers;
 pub mod objective;
 mod pack;
 pub mod per_cluster;
@@ -30,7 +31,7 @@ pub mod report;
 pub mod run;
 pub mod search;
 pub mod space;
-mod storage;
+pub mod storage;
 mod stream;
 pub mod supernet;
 #[cfg(test)]

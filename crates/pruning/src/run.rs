@@ -3,7 +3,7 @@
 //! | file | what | written |
 //! | --- | --- | --- |
 //! | `run.json` | all inputs: model, options, seeds, hashes, version | first |
-//! | `calibration.json` | the sequences, with their clusters | once sampled |
+//! | `calibration.json` | the sequences, with their clusters; another run can be calibrated on it | once sampled |
 //! | `latency.json` | milliseconds of every sub-block and width, for a latency budget | once measured |
 //! | `levels/` | the level database, unless it is kept elsewhere | a sub-block at a time; deleted at the end |
 //! | `search.jsonl` | every evaluation and the work done | appended, synced a batch at a time |
@@ -84,6 +84,14 @@ impl PruneOptions {
         Ok(())
     }
 
+    /// The space as it is before times are known: a budget of them can't be held yet.
+    fn untimed_space(&self) -> SpaceOptions {
+        if !self.needs_latency() {
+            return self.space.clone();
+        }
+        SpaceOptions { budgets: vec![Budget { resource: Resource::Params, keep: 0.5 }], ..self.space.clone() }
+    }
+
     /// Whether the time of sub-blocks has to be known.
     fn needs_latency(&self) -> bool {
         self.objective.for_drafts() || self.space.budgets.iter().any(|b| b.resource == Resource::Latency)
@@ -103,6 +111,8 @@ pub struct Run {
     pub dtype: String,
     /// The corpus files; none: the bundled books.
     pub calibration: Vec<PathBuf>,
+    /// The `calibration.json` of an earlier run that is calibrated on instead; its options are the run's.
+    pub calibration_set: Option<PathBuf>,
     /// The text of the before/after perplexity; `None`: bundled books with a bundled corpus, else held-out chunks of the corpus.
     pub eval_text: Option<PathBuf>,
     /// Options.
@@ -194,15 +204,22 @@ pub struct Inputs<'a> {
 pub fn begin(directory: &Path, run: &Run, config: &Config) -> Result<()> {
     run.options.search.check()?;
     run.options.check()?;
-    if !run.options.needs_latency() {
-        SearchSpace::new(config, &run.options.space, None)?;
+    match &run.calibration_set {
+        // (what is in it is checked when it is read)
+        Some(_) if run.options.per_cluster => {
+            let message = "finds a prompt's cluster by the chunks of the text, which --calibration-set hasn't: expected a text to calibrate on";
+            return Err(Error::option("--per-cluster", message));
+        }
+        Some(_) => {}
+        None => run.options.calibration.check(config.max_position_embeddings)?,
     }
-    for file in [PROVENANCE, RUN, "config.json"] {
+    SearchSpace::new(config, &run.options.untimed_space(), None)?;
+    for file in [PROVENANCE, RUN, "config.json", CALIBRATION] {
         if directory.join(file).exists() {
-            let what_to_do = if file == RUN {
-                format!("go on with `evop prune --resume {}`, or choose another --out", directory.display())
-            } else {
-                "choose another --out".into()
+            let what_to_do = match file {
+                RUN => format!("go on with `evop prune --resume {}`, or choose another --out", directory.display()),
+                CALIBRATION => format!("to calibrate on it, choose another --out and --calibration-set {}", directory.join(file).display()),
+                _ => "choose another --out".into(),
             };
             return Err(Error::RunDirectory { path: directory.to_path_buf(), message: format!("holds a {file} already: {what_to_do}") });
         }
@@ -255,7 +272,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
     let mut seconds = Seconds::default();
     let mut clock = Instant::now();
     let mut lap = move || std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64();
-    let calibration = calibration(directory, inputs, options, on_step)?;
+    let calibration = calibration(directory, inputs, &run, on_step)?;
     seconds.calibration = lap();
     let latency = latency_table(directory, inputs, options, on_step)?;
     let space = SearchSpace::new(config, &options.space, latency.as_ref())?;
@@ -348,6 +365,7 @@ pub fn prune(directory: &Path, inputs: &Inputs<'_>, on_step: &mut dyn FnMut(Step
         parameters: (config.parameters(), pruned_config.parameters()),
         kv_bytes_per_token: (config.kv_bytes_per_token(2), pruned_config.kv_bytes_per_token(2)),
         calibration: CalibrationReport {
+            sha256: calibration.sha256(),
             embedder: calibration.embedder.clone(),
             corpora: calibration.corpora.clone(),
             cluster_sizes: calibration.cluster_sizes.clone(),
@@ -398,8 +416,7 @@ fn latency_table(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, 
     if path.exists() {
         return storage::read_json(&path).map(Some);
     }
-    let without_latency = SpaceOptions { budgets: vec![Budget { resource: Resource::Params, keep: 0.5 }], ..options.space.clone() };
-    let widths = SearchSpace::new(inputs.checkpoint.config(), &without_latency, None)?.widths();
+    let widths = SearchSpace::new(inputs.checkpoint.config(), &options.untimed_space(), None)?.widths();
     let device = inputs.decoder.device();
     // times are those of what is served: on the CPU that is 8 bits unless one asks for something else
     let served = if device.is_cpu() { Some(inputs.checkpoint.decoder(device, WeightType::Q8_0)?) } else { None };
@@ -476,11 +493,21 @@ fn pick(
     Ok((held_out, drafting.get(chosen).copied().flatten()))
 }
 
-/// The calibration set of the run: read back, or sampled and written.
-fn calibration(directory: &Path, inputs: &Inputs<'_>, options: &PruneOptions, on_step: &mut dyn FnMut(Step) -> Result<()>) -> Result<Calibration> {
+/// The calibration set of the run: read back, or taken from an earlier run or sampled, and written.
+fn calibration(directory: &Path, inputs: &Inputs<'_>, run: &Run, on_step: &mut dyn FnMut(Step) -> Result<()>) -> Result<Calibration> {
+    let (options, config) = (&run.options, inputs.checkpoint.config());
     let path = directory.join(CALIBRATION);
-    if path.exists() {
-        return storage::read_json(&path);
+    let own = path.exists();
+    if let Some(file) = Some(&path).filter(|_| own).or(run.calibration_set.as_ref()) {
+        let calibration = Calibration::read(file, config)?;
+        if calibration.options != options.calibration {
+            let message = format!("was made with {:?}, the run was begun with {:?}: expected the same", calibration.options, options.calibration);
+            return Err(Error::RunDirectory { path: file.clone(), message });
+        }
+        if !own {
+            storage::write_json(&path, &calibration)?;
+        }
+        return Ok(calibration);
     }
     let tokenizer = inputs.checkpoint.tokenizer();
     let embedder: Box<dyn Embedder + '_> = match &options.embedder {

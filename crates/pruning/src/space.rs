@@ -44,6 +44,17 @@ impl Default for Grid {
 }
 
 impl Grid {
+    /// # Errors
+    /// [`Error::Option`] for steps or multiples of 0.
+    pub fn check(self) -> Result<()> {
+        for (option, value) in [("--width-steps", Some(self.steps)), ("--width-multiple", self.multiple)] {
+            if value == Some(0) {
+                return Err(Error::option(option, "expected at least 1, found 0"));
+            }
+        }
+        Ok(())
+    }
+
     /// Ascending widths of an MLP of `ffn` channels: 0, the steps, `ffn`.
     pub fn widths(self, ffn: usize) -> Vec<usize> {
         let multiple = self.multiple.unwrap_or(match ffn {
@@ -51,8 +62,10 @@ impl Grid {
             1024..4096 => 64,
             _ => 256,
         });
-        let step = |i: usize| (ffn * i).div_ceil(self.steps.max(1) * multiple) * multiple;
-        let mut widths: Vec<usize> = (1..self.steps).map(step).filter(|w| *w < ffn).collect();
+        // a step a channel gives every multiple there is
+        let (steps, multiple) = (self.steps.clamp(1, ffn.max(1)), multiple.max(1));
+        let step = |i: usize| (ffn * i).div_ceil(steps.saturating_mul(multiple)).saturating_mul(multiple);
+        let mut widths: Vec<usize> = (1..steps).map(step).filter(|w| *w < ffn).collect();
         widths.extend([0, ffn]);
         widths.sort_unstable();
         widths.dedup();
@@ -70,6 +83,9 @@ struct Unit {
 
 /// Option numbers, one a unit; the highest number is the whole parent.
 pub type Genome = Vec<u8>;
+
+/// Options of a unit that a genome can tell apart, and count.
+const MOST_OPTIONS: usize = u8::MAX as usize;
 
 /// The patterns that a search may return: those that fit every budget.
 #[derive(Debug, Clone)]
@@ -101,12 +117,13 @@ impl SearchSpace {
     /// The space over a model.
     ///
     /// # Errors
-    /// [`Error::Option`] when there is no budget, or no pattern but the empty one fits.
+    /// [`Error::Option`] when there is no budget, no pattern but the empty one fits, or a unit has more options than a genome can name.
     pub fn new(config: &Config, options: &SpaceOptions, latency: Option<&LatencyTable>) -> Result<Self> {
         let dense = Pattern::dense(config);
         if options.budgets.is_empty() {
             return Err(Error::option("--params", "expected a budget: --sparsity, --params, --kv or --latency".to_string()));
         }
+        options.grid.check()?;
         let blocks = 2 * config.num_layers();
         let full = |s: usize| dense.width(s);
         let present: Vec<usize> = (0..blocks).filter(|s| full(*s) > 0).collect();
@@ -141,6 +158,11 @@ impl SearchSpace {
                 present.iter().map(|s| single(*s, if s.is_multiple_of(2) { groups(*s) } else { steps(*s) })).collect()
             }
         };
+        let most = units.iter().map(|u| u.options.len()).chain(uniform.as_ref().map(Vec::len)).max().unwrap_or(0);
+        if most > MOST_OPTIONS {
+            let message = format!("gives a unit {most} options: expected at most {MOST_OPTIONS}, of fewer steps or a larger --width-multiple");
+            return Err(Error::option("--width-steps", message));
+        }
         let mut widths: Vec<Vec<usize>> = (0..blocks).map(|s| vec![full(s)]).collect();
         for unit in &units {
             for (i, s) in unit.sub_blocks.iter().enumerate() {
@@ -347,5 +369,7 @@ mod tests {
         assert_eq!(Grid::default().widths(384), [0, 64, 96, 160, 192, 256, 288, 352, 384]);
         assert_eq!(Grid { steps: 4, multiple: Some(256) }.widths(11008), [0, 2816, 5632, 8448, 11008]);
         assert_eq!(Grid::default().widths(20), [0, 20]);
+        assert_eq!(Grid { steps: usize::MAX, multiple: Some(8) }.widths(20), [0, 8, 16, 20]);
+        assert_eq!(Grid { steps: 8, multiple: Some(usize::MAX) }.widths(20), [0, 20]);
     }
 }

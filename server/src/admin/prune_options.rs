@@ -5,8 +5,23 @@ use clap::ArgAction;
 use serde_json::{Map, Value};
 
 /// Options that are the server's to give.
-const RESERVED: [&str; 14] =
-    ["model", "revision", "device", "dtype", "threads", "out", "resume", "progress", "json", "calibration", "levels", "format", "help", "version"];
+const RESERVED: [&str; 15] = [
+    "model",
+    "revision",
+    "device",
+    "dtype",
+    "threads",
+    "out",
+    "resume",
+    "progress",
+    "json",
+    "calibration",
+    "calibration-set",
+    "levels",
+    "format",
+    "help",
+    "version",
+];
 
 /// Checks names and values against `command`, which is `evop prune`'s.
 ///

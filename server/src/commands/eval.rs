@@ -152,8 +152,8 @@ fn show<'a>(bar: &'a ProgressBar, phase: &str) -> impl FnMut(usize, usize) + 'a 
 
 /// Whether the checkpoint's provenance has a calibration corpus of this name.
 fn calibrated_on(provenance: &Value, file: &Path) -> bool {
-    let name = file.file_name().map(|name| name.to_string_lossy());
-    provenance["calibration"]["corpora"].as_array().is_some_and(|corpora| corpora.iter().any(|corpus| corpus.as_str() == name.as_deref()))
+    let corpora = provenance["calibration"]["corpora"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    evop_pruning::report::calibrated_on(corpora, file)
 }
 
 /// What a person reads.

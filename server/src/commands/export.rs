@@ -4,7 +4,7 @@ use super::model_name::ModelName;
 use anyhow::{Result, bail};
 use clap::Args;
 use evop_model::Pattern;
-use evop_pruning::checkpoint::{Contents, FileType, Format, MaskedSource, Target, Written};
+use evop_pruning::checkpoint::{Contents, FileType, Format, Target, Written};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 
@@ -42,12 +42,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let contents = Contents { name: &name, ..Contents::of(&checkpoint) };
     let written = match &args.pattern {
         None => contents.write(target, &args.out)?,
-        Some(file) => {
-            let pattern = Pattern::read(file, checkpoint.config())?;
-            let config = checkpoint.config().with_pattern(&pattern);
-            let source = MaskedSource::new(checkpoint.source().as_ref(), checkpoint.config(), &pattern)?;
-            contents.around(&config, &source).write(target, &args.out)?
-        }
+        Some(file) => contents.write_pattern(&Pattern::read(file, checkpoint.config())?, target, &args.out)?,
     };
     print(args, &written)
 }

@@ -7,7 +7,7 @@ use crate::config::DTypeChoice;
 use anyhow::{Context, Result, bail};
 use evop_model::{Config, Pattern};
 use evop_pruning::budget::{Budget, Resource};
-use evop_pruning::calibration::Corpus;
+use evop_pruning::calibration::{Calibration, Corpus};
 use evop_pruning::run::{self, Inputs, Outcome, Run};
 use evop_pruning::search::Strategy;
 use evop_pruning::{checkpoint, picture, report};
@@ -59,6 +59,7 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
     }
     let mut model: ModelArgs = args.model.clone();
     let mut calibration = args.tuning.calibration.clone();
+    let mut calibration_set = args.calibration_set.clone();
     let mut eval_text = args.eval_text.clone();
     if let Some(begun) = &begun {
         (model.model, model.revision) = (begun.model.clone(), begun.revision.clone());
@@ -66,14 +67,16 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
             model.dtype = DTypeChoice::named(&begun.dtype);
         }
         calibration.clone_from(&begun.calibration);
+        calibration_set.clone_from(&begun.calibration_set);
         eval_text.clone_from(&begun.eval_text);
     }
     let (checkpoint, decoder) = model.load()?;
     let model_sha256 = checkpoint::fingerprint(checkpoint.source().as_ref())?;
-    let corpora = corpora(&calibration)?;
+    // (a set holds its sequences, and what it kept apart)
+    let corpora = if calibration_set.is_some() { Vec::new() } else { corpora(&calibration)? };
     let held_out = match &eval_text {
         Some(path) => Some(read_text(path)?),
-        None if calibration.is_empty() => Some(bundled_held_out()?),
+        None if calibration.is_empty() && calibration_set.is_none() => Some(bundled_held_out()?),
         None => None,
     };
     if begun.is_none() {
@@ -100,12 +103,16 @@ pub fn prune(args: &PruneArgs, display: &mut Display) -> Result<(PathBuf, Outcom
         options.search.pattern = pattern.map(|p| p.layers().to_vec());
         options.format = args.format;
         options.level_directory = options.level_directory.as_ref().map(absolute);
+        if let Some(file) = &calibration_set {
+            options.calibration = Calibration::read(file, checkpoint.config())?.options;
+        }
         let run = Run {
             model: named,
             revision: model.revision,
             model_sha256: model_sha256.clone(),
             dtype: decoder.weight_type().plain()?.as_str().to_string(),
             calibration: calibration.iter().map(absolute).collect(),
+            calibration_set: calibration_set.as_ref().map(absolute),
             eval_text: eval_text.as_ref().map(absolute),
             options,
             command: std::env::args().collect(),
@@ -141,11 +148,23 @@ pub fn corpora(files: &[PathBuf]) -> Result<Vec<Corpus>> {
     if files.is_empty() {
         return Ok(vec![Corpus { label: "bundled books".into(), documents: vec![bundled_calibration()?] }]);
     }
-    let corpus = |path: &PathBuf| -> Result<Corpus> {
-        let label = path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned());
-        Ok(Corpus { label, documents: read_documents(path)? })
+    let corpus = |(label, path): (String, &PathBuf)| -> Result<Corpus> { Ok(Corpus { label, documents: read_documents(path)? }) };
+    labels(files)?.into_iter().zip(files).map(corpus).collect::<Result<_>>().context("calibration corpus")
+}
+
+/// What the files are called: by their names, and by as many of the directories before them as tell equal names apart.
+fn labels(files: &[PathBuf]) -> Result<Vec<String>> {
+    let paths: Vec<PathBuf> = files.iter().map(|path| std::path::absolute(path).unwrap_or_else(|_| path.clone())).collect();
+    let end = |path: &Path, parts: usize| -> PathBuf { path.components().skip(path.components().count().saturating_sub(parts)).collect() };
+    let label = |(number, path): (usize, &PathBuf)| -> Result<String> {
+        let others = || paths.iter().enumerate().filter(move |(other, _)| *other != number).map(|(_, other)| other);
+        if others().any(|other| other == path) {
+            bail!("--calibration: {} is given twice", files[number].display());
+        }
+        let parts = (1..path.components().count()).find(|parts| others().all(|other| end(other, *parts) != end(path, *parts)));
+        Ok(parts.map_or(path.clone(), |parts| end(path, parts)).display().to_string())
     };
-    files.iter().map(corpus).collect::<Result<_>>().context("calibration corpus")
+    paths.iter().enumerate().map(label).collect()
 }
 
 /// What was found, for people.
@@ -178,4 +197,18 @@ pub fn print_table(outcome: &Outcome) {
     println!("memory: {}", report::memory_text(outcome));
     outcome.written.notes.iter().for_each(|note| println!("note: {note}"));
     println!("time: calibration {}, levels {}, search {}, finish {}", time(s.calibration), time(s.levels), time(s.search), time(s.finish));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn corpora_are_called_after_their_files_and_equal_names_are_told_apart() {
+        let of = |files: &[&str]| labels(&files.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(of(&["/data/c4.jsonl.gz"]).unwrap(), ["c4.jsonl.gz"]);
+        assert_eq!(of(&["/a/x/text.txt", "/b/x/text.txt", "/b/y/text.txt", "/b/c4.txt"]).unwrap(), ["a/x/text.txt", "b/x/text.txt", "y/text.txt", "c4.txt"]);
+        assert_eq!(of(&["/text.txt", "/a/text.txt"]).unwrap(), ["/text.txt", "a/text.txt"]);
+        assert!(of(&["text.txt", "./text.txt"]).unwrap_err().to_string().contains("given twice"));
+    }
 }

@@ -3,6 +3,7 @@
 use super::model_args::ModelArgs;
 use super::progress::ProgressStyle;
 use anyhow::Result;
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use evop_pruning::budget::{Budget, Resource};
 use evop_pruning::calibration::{CalibrationOptions, Mixing, Weights};
@@ -15,6 +16,7 @@ use evop_pruning::objective::{Aggregate, FitnessKind, Objective};
 use evop_pruning::run::PruneOptions;
 use evop_pruning::search::{EvopOptions, JointOptions, ParetoOptions, SearchOptions, Strategy};
 use evop_pruning::space::{Grid, Space, SpaceOptions};
+use serde::Serialize;
 use std::path::PathBuf;
 
 /// Options of `evop prune`.
@@ -54,7 +56,18 @@ pub struct PruneArgs {
     pub budget: BudgetArgs,
     #[command(flatten)]
     pub tuning: TuningArgs,
-    /// Text for the before/after perplexity. [default: bundled books, or a tenth of --calibration kept apart]
+    /// Calibrate on the sequences in this file, the calibration.json of an earlier run, instead of a text.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = [
+            "calibration", "sequences", "sequence_length", "clusters", "sentences_per_chunk", "max_chunks", "mixing", "cluster_weights", "keep_duplicates",
+            "statistics_tokens", "held_out_tokens", "embedder",
+        ],
+        help_heading = "Calibration"
+    )]
+    pub calibration_set: Option<PathBuf>,
+    /// Text for the before/after perplexity. [default: bundled books, or what --calibration or --calibration-set keeps apart]
     #[arg(long, value_name = "FILE", help_heading = "Report")]
     pub eval_text: Option<PathBuf>,
     /// Kind of checkpoint: hf, nemotron-nas or gguf (`evop export` makes another of it later).
@@ -85,8 +98,8 @@ pub struct BudgetArgs {
     pub latency: Option<f64>,
 }
 
-/// Everything about how a pattern is searched and repaired, but for strategy and budget.
-#[derive(Debug, Clone, Args)]
+/// Everything about how a pattern is searched and repaired, but for strategy and budget. Serialised it is what decides a result, files and seed aside.
+#[derive(Debug, Clone, Args, Serialize)]
 pub struct TuningArgs {
     /// A set of options; single options below change it.
     #[arg(long, value_enum, default_value_t = Preset::Default, help_heading = "Search")]
@@ -129,16 +142,18 @@ pub struct TuningArgs {
     pub evaluations: Option<usize>,
     /// Seed of the search and of calibration sampling. [default: 31]
     #[arg(long, value_name = "SEED", help_heading = "Search")]
+    #[serde(skip)]
     pub seed: Option<u64>,
     /// Enumerate the whole space after the search if it has at most this many patterns, to certify the optimum.
     #[arg(long, value_name = "PATTERNS", default_value_t = 5_000, help_heading = "Search")]
+    #[serde(skip)]
     pub certify_up_to: u64,
 
     /// Steps between no MLP and the whole one.
-    #[arg(long, value_name = "N", default_value_t = 8, help_heading = "Widths")]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = RangedU64ValueParser::<usize>::new().range(1..), help_heading = "Widths")]
     pub width_steps: usize,
     /// MLP widths are multiples of this. [default: 32 below 1,024 channels, 64 below 4,096, else 256]
-    #[arg(long, value_name = "N", help_heading = "Widths")]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..), help_heading = "Widths")]
     pub width_multiple: Option<usize>,
     /// Which channels go first: wanda, flap, norm2ssp, obs or magnitude. [default: what errs least on held-out activations]
     #[arg(long, value_name = "MEASURE", help_heading = "Widths")]
@@ -151,10 +166,12 @@ pub struct TuningArgs {
     pub skip_compensation: Option<SkipCompensation>,
     /// Keep the level database here, for other runs with the same model and calibration.
     #[arg(long, value_name = "DIR", help_heading = "Widths")]
+    #[serde(skip)]
     pub levels: Option<PathBuf>,
 
     /// Text to calibrate on: plain, or JSON lines with a `text` field, either gzipped; may be given again. [default: seven bundled books]
     #[arg(long, value_name = "FILE", help_heading = "Calibration")]
+    #[serde(skip)]
     pub calibration: Vec<PathBuf>,
     /// Sequences that patterns are scored on. [default: 16; paper: 5]
     #[arg(long, value_name = "N", help_heading = "Calibration")]
@@ -188,6 +205,7 @@ pub struct TuningArgs {
     pub held_out_tokens: Option<usize>,
     /// A sentence-transformers BERT directory to embed chunks with. [default: the model's own hidden states]
     #[arg(long, value_name = "DIR", help_heading = "Calibration")]
+    #[serde(skip)]
     pub embedder: Option<PathBuf>,
 
     /// Memory for boundary states of good patterns, in MiB.
@@ -214,7 +232,8 @@ pub struct TuningArgs {
 }
 
 /// A named set of options.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Preset {
     /// Drops and repaired widths searched together, scored by divergence from the dense model.
     Default,

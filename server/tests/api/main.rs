@@ -6,6 +6,7 @@ mod admin;
 mod auto;
 mod bench_serve;
 mod chat;
+mod compare;
 mod completions;
 mod dtypes;
 mod errors;

@@ -169,6 +169,16 @@ impl<'a> Contents<'a> {
         }
         Ok(written)
     }
+
+    /// Writes what `pattern` leaves of the model.
+    ///
+    /// # Errors
+    /// As [`Contents::write`].
+    pub fn write_pattern(self, pattern: &Pattern, target: impl Into<Target>, out: &Path) -> Result<Written> {
+        let pruned = self.config.with_pattern(pattern);
+        let source = MaskedSource::new(self.source, self.config, pattern)?;
+        self.around(&pruned, &source).write(target, out)
+    }
 }
 
 /// What was written.
@@ -182,16 +192,6 @@ pub struct Written {
     pub weight_bytes: u64,
     /// What a tool that reads the format can't do with it, or will do otherwise than one would think.
     pub notes: Vec<String>,
-}
-
-/// Writes what `pattern` leaves of `parent`.
-///
-/// # Errors
-/// As [`Contents::write`].
-pub fn write_pattern(parent: &Checkpoint, pattern: &Pattern, target: impl Into<Target>, out: &Path) -> Result<Written> {
-    let pruned = parent.config().with_pattern(pattern);
-    let source = MaskedSource::new(parent.source().as_ref(), parent.config(), pattern)?;
-    Contents::of(parent).around(&pruned, &source).write(target, out)
 }
 
 /// SHA-256 over names, shapes, types and bytes of all tensors, in order of names: what a pattern was found for.

@@ -1,8 +1,7 @@
 //! Perplexity of a text, as the field computes it.
 
 use super::encode::is_space;
-use crate::loss;
-use crate::{Error, Result};
+use crate::{Error, Result, loss, numbers};
 use evop_model::{Decoder, NoCache, Span};
 use serde::{Deserialize, Serialize};
 
@@ -13,8 +12,10 @@ const TOKENS_AT_ONCE: usize = 2_048;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// exp of the mean negative log-likelihood.
+    #[serde(deserialize_with = "numbers::number")]
     pub perplexity: f64,
     /// Mean over all predicted tokens, in nats.
+    #[serde(deserialize_with = "numbers::number")]
     pub mean_nll: f64,
     /// Tokens of a window.
     pub window: usize,

@@ -1,10 +1,10 @@
 //! Several runs side by side: a table, and what each cost for what it gave.
 
 use super::{STYLE, escape};
-use crate::eval::{Perplexity, TaskResult};
+use crate::eval::{Perplexity, Task, TaskResult};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 /// One model of a comparison: the dense one, or what a run left of it.
@@ -22,18 +22,36 @@ pub struct Row {
     pub params_kept: f64,
     /// Fraction of the key/value cache that is kept.
     pub kv_kept: f64,
+    /// Bytes of key/value cache that a token takes, 2 bytes a number.
+    #[serde(default)]
+    pub kv_bytes_per_token: usize,
     /// Perplexity of each text, by its label.
     pub perplexity: BTreeMap<String, Perplexity>,
     /// Each task's scores.
     pub tasks: Vec<Value>,
     /// Block-forwards of the search.
     pub block_forwards: usize,
-    /// Patterns evaluated.
+    /// Evaluations of the search: a pattern that is raced counts once a stage.
     pub evaluations: usize,
     /// Seconds of the level database and of the search.
     pub seconds: (f64, f64),
     /// The pattern: (whole, kept) of every sub-block.
     pub widths: Vec<(usize, usize)>,
+    /// What it was calibrated on; nothing for the parent.
+    #[serde(default)]
+    pub calibration: Option<Calibrated>,
+    /// Texts and tasks whose file is called as one of the corpora is: what they say of it says little of other texts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub calibrated_on: Vec<String>,
+}
+
+/// What a model was calibrated on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Calibrated {
+    /// The corpora's labels.
+    pub corpora: Vec<String>,
+    /// Tokens of the sequences that patterns were scored on, of those for statistics, of those held out.
+    pub tokens: [usize; 3],
 }
 
 impl Row {
@@ -48,10 +66,29 @@ impl Row {
         })
     }
 
+    /// Whether all items of a task were scored, and no others.
+    pub fn has_scores(&self, task: &Task) -> bool {
+        self.tasks.iter().any(|scores| scores["task"] == task.name() && scores["n"].as_u64() == Some(task.items().len() as u64))
+    }
+
     /// A task's result as a row keeps it.
     pub fn task(result: &TaskResult) -> Value {
         serde_json::to_value(result).unwrap_or_default()
     }
+}
+
+/// What the figures were had with, a line each: windows, calibration, and what was measured on its own calibration text.
+pub fn notes(rows: &[Row]) -> Vec<String> {
+    let window = |(label, p): (&String, &Perplexity)| format!("perplexity of {label}: {} windows of {} tokens without overlap", p.windows, p.window);
+    let windows: BTreeSet<String> = rows.iter().flat_map(|row| row.perplexity.iter().map(window)).collect();
+    let calibration = |of: &Calibrated| {
+        let [scored, statistics, held_out] = of.tokens;
+        format!("calibrated on {}: {scored} tokens scored, {statistics} for statistics, {held_out} held out", of.corpora.join(", "))
+    };
+    let calibrations: BTreeSet<String> = rows.iter().filter_map(|row| row.calibration.as_ref()).map(calibration).collect();
+    let names: BTreeSet<&str> = rows.iter().flat_map(|row| &row.calibrated_on).map(String::as_str).collect();
+    let warning = |name: &str| format!("warning: {name} is called as a calibration text is: what models were calibrated on says little of other texts");
+    windows.into_iter().chain(calibrations).chain(names.into_iter().map(warning)).collect()
 }
 
 /// The page: a table and three plots of the first text's loss.
@@ -59,6 +96,9 @@ pub fn html(model: &str, rows: &[Row], command: &[String]) -> String {
     let mut page = STYLE.replace("EvoP pruning report", "EvoP comparison");
     let _ = write!(page, "<h1>{}: strategies side by side</h1>", escape(model));
     page.push_str(&table(rows));
+    for note in notes(rows) {
+        let _ = write!(page, "<p>{}.</p>", escape(&note));
+    }
     if let Some(label) = rows.iter().find_map(|r| r.perplexity.keys().next()) {
         for (title, x, log) in [
             ("fraction of block parameters kept", (|r: &Row| r.params_kept) as fn(&Row) -> f64, false),
@@ -76,7 +116,7 @@ pub fn html(model: &str, rows: &[Row], command: &[String]) -> String {
 fn table(rows: &[Row]) -> String {
     let labels: Vec<&String> = rows.first().map(|r| r.perplexity.keys().collect()).unwrap_or_default();
     let scores: Vec<String> = rows.first().map(|r| r.scores().map(|(name, _, _)| name).collect()).unwrap_or_default();
-    let mut html = String::from("<table><tr><th>strategy</th><th>space</th><th>sparsity</th><th>parameters kept</th><th>KV kept</th>");
+    let mut html = String::from("<table><tr><th>strategy</th><th>space</th><th>sparsity</th><th>parameters kept</th><th>KV kept</th><th>KV bytes a token</th>");
     for label in &labels {
         let _ = write!(html, "<th>perplexity, {}</th>", escape(label));
     }
@@ -87,8 +127,8 @@ fn table(rows: &[Row]) -> String {
     for row in rows {
         let _ = write!(
             html,
-            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{:.4}</td><td>{:.3}</td>",
-            row.strategy, row.space, row.sparsity, row.params_kept, row.kv_kept
+            "<tr><td>{}</td><td>{}</td><td>{}</td><td>{:.4}</td><td>{:.3}</td><td>{}</td>",
+            row.strategy, row.space, row.sparsity, row.params_kept, row.kv_kept, row.kv_bytes_per_token
         );
         for label in &labels {
             let _ = write!(html, "<td>{}</td>", row.perplexity.get(*label).map_or(String::new(), |p| format!("{:.2}", p.perplexity)));

@@ -8,6 +8,7 @@ use crate::evaluate::Work;
 use crate::run::{Outcome, human};
 use serde_json::{Value, json};
 use std::fmt::Write;
+use std::path::Path;
 use std::time::Duration;
 
 /// `evop.json`: where a checkpoint came from.
@@ -25,7 +26,8 @@ pub(crate) fn provenance(outcome: &Outcome) -> Value {
         "compensation": outcome.levels.iter().map(|l| l.compensation.to_string()).collect::<std::collections::BTreeSet<_>>(),
         "seed": options.search.seed,
         "calibration": {
-            "corpora": corpus_names(outcome), "clusters": outcome.calibration.cluster_sizes, "tokens": outcome.calibration.tokens, "options": options.calibration,
+            "corpora": corpus_names(outcome), "clusters": outcome.calibration.cluster_sizes, "tokens": outcome.calibration.tokens,
+            "sha256": outcome.calibration.sha256, "embedder": outcome.calibration.embedder, "options": options.calibration,
         },
         "objective": options.objective,
         "loss": { "dense": outcome.dense_loss, "pruned": outcome.found.fitness.loss, "held_out": outcome.held_out.loss },
@@ -33,6 +35,12 @@ pub(crate) fn provenance(outcome: &Outcome) -> Value {
         "parameters": { "dense": outcome.parameters.0, "pruned": outcome.parameters.1 },
         "block_parameters": { "dense": outcome.block_parameters.0, "pruned": outcome.block_parameters.1 },
     })
+}
+
+/// Whether one of these corpora is of a file of this name: what a model was calibrated on says little of other texts.
+pub fn calibrated_on<'a>(mut corpora: impl Iterator<Item = &'a str>, file: &Path) -> bool {
+    // a corpus whose file shares its name with another's is called by its directories too
+    corpora.any(|corpus| Path::new(corpus).file_name().is_some_and(|name| Some(name) == file.file_name()))
 }
 
 fn corpus_names(outcome: &Outcome) -> Vec<&str> {

@@ -1,7 +1,7 @@
 //! `search.jsonl`: every evaluation and the work done, from which a stopped run goes on.
 
 use crate::evaluate::Work;
-use crate::{Error, Result};
+use crate::{Error, Result, numbers};
 use evop_model::{Config, Gene, Pattern};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 enum LogLine {
     Evaluation {
         genes: Vec<Gene>,
+        #[serde(deserialize_with = "numbers::numbers")]
         segments: Vec<f64>,
         /// Of one cluster's sequences.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -106,5 +107,24 @@ impl Log {
         append().map_err(|e| Error::io(&self.path, e))?;
         self.work[phase as usize].add(work);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_that_is_no_number_is_read_back_as_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("search.jsonl");
+        let decoder = crate::testing::tiny();
+        let dense = Pattern::dense(decoder.config());
+        let work = Work { evaluated: 1, block_forwards: 24, ..Work::default() };
+        let segments = vec![0.1 + 0.2, f64::NAN, f64::INFINITY];
+        Log::open(&path).unwrap().append(&[(dense.clone(), segments)], None, Phase::Search, work, 1.5).unwrap();
+        let known = Log::open(&path).unwrap().known(decoder.config(), None).unwrap();
+        assert_eq!(known[&dense][0], 0.1 + 0.2);
+        assert!(known[&dense].len() == 3 && known[&dense][1..].iter().all(|loss| loss.is_nan()), "{known:?}");
     }
 }

@@ -118,6 +118,8 @@ pub(super) fn peak_resident() -> Option<usize> {
 /// A calibration set without its tokens.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct CalibrationReport {
+    /// SHA-256 of its tokens.
+    pub sha256: String,
     /// What turned chunks into vectors.
     pub embedder: String,
     /// What each corpus gave.

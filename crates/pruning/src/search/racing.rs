@@ -1,10 +1,12 @@
 //! Racing: few tokens for many candidates, many for few. A candidate goes when it is worse than the incumbent beyond chance.
 
+use super::rankable;
 use crate::Result;
 use crate::evaluate::Evaluator;
 use crate::objective::Fitness;
 use evop_model::Pattern;
 use statrs::distribution::{ContinuousCDF, StudentsT};
+use std::cmp::Ordering;
 
 /// One-sided probability under which a worse mean is taken for worse.
 const SIGNIFICANCE: f64 = 0.01;
@@ -57,13 +59,18 @@ pub(super) fn race(evaluator: &mut Evaluator<'_>, candidates: &[Pattern], incumb
                 let reference = evaluator.evaluate_first(std::slice::from_ref(incumbent), *packs)?.remove(0);
                 fitness.retain(|(_, f)| !is_worse(f, &reference));
             }
-            fitness.sort_by(|a, b| a.1.loss.total_cmp(&b.1.loss).then(a.0.cmp(&b.0)));
+            fitness.sort_by(best_first);
             fitness.truncate(candidates.len().div_ceil(SHARE.pow(stage as u32 + 1)));
         }
         running = fitness.iter().map(|(i, _)| *i).collect();
         last = fitness;
     }
     Ok((first, last))
+}
+
+/// By loss, which isn't a number at the end; ties by number.
+fn best_first(a: &(usize, Fitness), b: &(usize, Fitness)) -> Ordering {
+    rankable(a.1.loss).total_cmp(&rankable(b.1.loss)).then(a.0.cmp(&b.0))
 }
 
 /// At most one in this many goes on to the next stage.
@@ -84,6 +91,14 @@ mod tests {
         assert!(!is_worse(&fitness(&[0.8, 3.6, 1.7, 5.5, 3.9, 2.6]), &incumbent));
         assert!(!is_worse(&fitness(&[0.9, 2.9, 1.9, 4.9, 3.9, 2.4]), &incumbent));
         assert!(is_worse(&fitness(&[f64::NAN; 6]), &incumbent));
+    }
+
+    #[test]
+    fn what_is_no_number_comes_last_whatever_its_sign() {
+        let losses = [f64::NAN, 2.0, -f64::NAN, f64::INFINITY, 1.0];
+        let mut field: Vec<(usize, Fitness)> = losses.iter().map(|loss| fitness(&[*loss])).enumerate().collect();
+        field.sort_by(best_first);
+        assert_eq!(field.iter().map(|(i, _)| *i).collect::<Vec<_>>(), [4, 1, 0, 2, 3]);
     }
 
     #[test]

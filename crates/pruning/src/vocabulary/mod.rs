@@ -88,6 +88,7 @@ pub struct VocabularyReport {
 #[derive(Debug)]
 pub struct SmallerVocabulary<'a> {
     parent: &'a Checkpoint,
+    /// The old id of every new one.
     kept: Vec<u32>,
     config: Config,
     tokenizer: Tokenizer,
@@ -144,11 +145,6 @@ impl<'a> SmallerVocabulary<'a> {
     /// What was kept, and why.
     pub fn report(&self) -> &VocabularyReport {
         &self.report
-    }
-
-    /// The old id of every new one.
-    pub fn old_ids(&self) -> &[u32] {
-        &self.kept
     }
 
     /// The new tokenizer.

@@ -7,7 +7,7 @@ use evop_pruning::calibration::{Calibration, CalibrationOptions, Mixing};
 use evop_pruning::checkpoint;
 use evop_pruning::run::{self, Inputs, PruneOptions, Run};
 use evop_pruning::search::Strategy;
-use evop_pruning::space::Space;
+use evop_pruning::space::{Grid, Space};
 use evop_pruning::{HiddenStates, eval};
 
 fn refused(result: evop_pruning::Result<impl std::fmt::Debug>, texts: &[&str]) {
@@ -52,6 +52,22 @@ fn numbers_that_no_search_can_run_with_are_refused_before_anything_is_computed()
     refused_with(Strategy::RandomJoint, &|o| o.search.evaluations = 0, &["--evaluations", "found 0"]);
     refused_with(Strategy::PolicyGradient, &|o| o.search.evaluations = 1, &["--evaluations", "expected at least"]);
     refused_with(Strategy::Joint, &|o| o.objective.key_tokens = -0.1, &["--key-tokens", "found -0.1"]);
+    refused_with(Strategy::Joint, &|o| o.space.grid.steps = 0, &["--width-steps", "at least 1"]);
+    refused_with(Strategy::Joint, &|o| o.space.grid.multiple = Some(0), &["--width-multiple", "at least 1"]);
+    // a genome's option is a byte
+    refused_with(Strategy::Joint, &|o| o.space.grid = Grid { steps: 384, multiple: Some(1) }, &["--width-steps", "385 options", "at most 255"]);
+    let uniform = |o: &mut PruneOptions| {
+        o.space.uniform = true;
+        o.space.grid = Grid { steps: 384, multiple: Some(1) };
+    };
+    refused_with(Strategy::Joint, &uniform, &["--width-steps", "384 options"]);
+    let timed = |o: &mut PruneOptions| {
+        o.space.budgets = vec![Budget::new(Resource::Latency, 0.5).unwrap()];
+        o.space.grid.steps = 0;
+    };
+    refused_with(Strategy::Joint, &timed, &["--width-steps"]);
+    refused_with(Strategy::Joint, &|o| o.calibration.sequence_length = 1025, &["--sequence-length", "at most 1024", "found 1025"]);
+    refused_with(Strategy::Joint, &|o| o.calibration.sequences = 0, &["--sequences", "at least 1"]);
 }
 
 #[test]
@@ -126,6 +142,7 @@ pub fn run_of(sha: &str) -> Run {
         model_sha256: sha.to_string(),
         dtype: "f32".into(),
         calibration: vec![],
+        calibration_set: None,
         eval_text: None,
         options: options(Strategy::Joint, Space::Joint),
         command: vec![],

@@ -3,7 +3,7 @@
 use crate::setting::{root, tiny};
 use crate::small_models::{FFN, GROUPS, decoder, difference, families, logits, model, pattern};
 use evop_model::{Checkpoint, Config, DType, Decoder, Device, Error, Pattern, RawTensor, ShapeOrigin, Source};
-use evop_pruning::checkpoint::{Contents, FileType, Format, Target, write_pattern};
+use evop_pruning::checkpoint::{Contents, FileType, Format, Target};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -31,7 +31,7 @@ fn patterns(config: &Config) -> Vec<(&'static str, Pattern)> {
 fn written(parent: &Checkpoint, pattern: &Pattern, format: Format) -> Result<(Checkpoint, Vec<String>, tempfile::TempDir), String> {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out");
-    let written = write_pattern(parent, pattern, format, &out).map_err(|e| {
+    let written = Contents::of(parent).write_pattern(pattern, format, &out).map_err(|e| {
         assert!(!out.exists(), "what is refused leaves nothing behind");
         e.to_string()
     })?;
@@ -164,7 +164,7 @@ fn gguf_types_keep_what_they_can() {
         (Some(FileType::Q4K), 0.25),
     ] {
         let out = directory.path().join(format!("{}.gguf", weights.map_or("as-is".into(), |w| w.to_string())));
-        let written = write_pattern(&parent, &kept, Target { format: Format::Gguf, weights }, &out).unwrap();
+        let written = Contents::of(&parent).write_pattern(&kept, Target { format: Format::Gguf, weights }, &out).unwrap();
         assert_eq!(written.architecture, "deci");
         let checkpoint = Checkpoint::open(&out).unwrap();
         let difference = difference(&expected, &logits(&decoder(&checkpoint)));
@@ -187,7 +187,7 @@ fn gguf_types_keep_what_they_can() {
         );
         // the same file again
         let again = directory.path().join("again.gguf");
-        write_pattern(&parent, &kept, Target { format: Format::Gguf, weights }, &again).unwrap();
+        Contents::of(&parent).write_pattern(&kept, Target { format: Format::Gguf, weights }, &again).unwrap();
         assert_eq!(std::fs::read(&out).unwrap(), std::fs::read(&again).unwrap());
     }
     assert!(sizes[0] == sizes[1] && sizes.windows(2).skip(1).all(|w| w[1] <= w[0]) && sizes[5] < sizes[1] / 5, "{sizes:?}");
@@ -330,7 +330,7 @@ fn what_was_heterogeneous_stays_so_through_every_format() {
     let kept = pattern(parent.config(), [WHOLE, (0, 256), (GROUPS, 256), (GROUPS, 0), (0, FFN)]);
     let expected = logits(&decoder(&parent).masked(&kept).unwrap());
     let mut at = directory.path().join("0");
-    write_pattern(&parent, &kept, Format::Gguf, &at).unwrap();
+    Contents::of(&parent).write_pattern(&kept, Format::Gguf, &at).unwrap();
     for (step, format) in [Format::Hf, Format::NemotronNas, Format::Gguf, Format::NemotronNas, Format::Hf, Format::Gguf].into_iter().enumerate() {
         let out = directory.path().join((step + 1).to_string());
         Contents::of(&Checkpoint::open(&at).unwrap()).write(format, &out).unwrap_or_else(|e| panic!("{format}: {e}"));

@@ -87,6 +87,81 @@ fn repaired_widths_beat_every_way_to_drop_whole_sub_blocks_and_are_what_is_writt
 }
 
 #[test]
+fn a_search_without_one_of_its_parts_or_with_another_aggregate_stays_within_the_budget() {
+    type Change = fn(&mut PruneOptions);
+    let changes: [(&str, Change); 5] = [
+        ("no racing", |o| o.search.joint.racing = false),
+        ("no seeds", |o| o.search.joint.seeds = false),
+        ("no surrogate", |o| o.search.joint.surrogate = false),
+        ("worst cluster", |o| o.objective.aggregate = Aggregate::WorstCluster),
+        ("mean and deviation", |o| o.objective.aggregate = Aggregate::MeanStd),
+    ];
+    let levels = tempfile::tempdir().unwrap();
+    for (what, change) in changes {
+        let mut options = options(Strategy::Joint, Space::Joint);
+        options.level_directory = Some(levels.path().to_path_buf());
+        change(&mut options);
+        let directory = tempfile::tempdir().unwrap();
+        let outcome = whole(directory.path(), &options);
+        assert!(outcome.kept_of_budgets[0].1 <= 0.75 + 1e-9, "{what}");
+        let losses = [outcome.found.fitness.loss, outcome.held_out.loss, outcome.pruned.perplexity];
+        assert!(losses.iter().all(|loss| loss.is_finite()), "{what}: {losses:?}");
+        assert!(outcome.found.fitness.loss > outcome.dense_loss, "{what}");
+    }
+}
+
+#[test]
+fn a_run_is_calibrated_on_anothers_sequences_if_they_are_its_models() {
+    let options = options(Strategy::Sleb, Space::Block);
+    let first = tempfile::tempdir().unwrap();
+    let expected = whole(first.path(), &options);
+    let set = first.path().join("calibration.json");
+    let (checkpoint, decoder) = tiny();
+    let sha = checkpoint::fingerprint(checkpoint.source().as_ref()).unwrap();
+    let held_out = book("held-out.txt.gz", 20_000);
+    let calibrated = |directory: &Path, set: &Path, options: &PruneOptions| -> evop_pruning::Result<Outcome> {
+        let run = Run { options: options.clone(), calibration_set: Some(set.to_path_buf()), ..crate::bad_input::run_of(&sha) };
+        run::begin(directory, &run, checkpoint.config())?;
+        let inputs = Inputs { checkpoint: &checkpoint, model_sha256: &sha, decoder: &decoder, corpora: &[], held_out: Some(&held_out) };
+        run::prune(directory, &inputs, &mut |_| Ok(()))
+    };
+    let second = tempfile::tempdir().unwrap();
+    let outcome = calibrated(second.path(), &set, &options).unwrap();
+    assert_eq!((&outcome.found, &outcome.calibration.sha256), (&expected.found, &expected.calibration.sha256));
+    let provenance: serde_json::Value = serde_json::from_slice(&std::fs::read(second.path().join("evop.json")).unwrap()).unwrap();
+    assert_eq!(provenance["calibration"]["sha256"], expected.calibration.sha256.as_str());
+    assert_eq!(provenance["calibration"]["embedder"], expected.calibration.embedder.as_str());
+
+    let read: Calibration = serde_json::from_slice(&std::fs::read(&set).unwrap()).unwrap();
+    assert_eq!(read.sha256(), expected.calibration.sha256);
+    type Damage = fn(&mut Calibration);
+    let damages: [(Damage, &str); 5] = [
+        (|c| c.sequences[0].tokens[3] = 4096, "sequences, number 0: token 4096 isn't among the model's 4096"),
+        (|c| c.statistics[1].tokens = vec![1; 1025], "statistics, number 1: expected 2 to 1024 tokens"),
+        (|c| c.held_out[0].cluster = 4, "expected one of 4 clusters, found 4"),
+        (|c| c.sequences.clear(), "expected sequences, found none"),
+        (|c| c.options.sequences = 5, "the run was begun with"),
+    ];
+    for (damage, text) in damages {
+        let mut other = read.clone();
+        damage(&mut other);
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("other.json");
+        std::fs::write(&file, serde_json::to_string(&other).unwrap()).unwrap();
+        let error = calibrated(&directory.path().join("out"), &file, &options).unwrap_err().to_string();
+        assert!(error.contains("other.json") && error.contains(text), "{error}");
+    }
+    let per_cluster = PruneOptions { per_cluster: true, ..options.clone() };
+    let error = calibrated(&first.path().join("out"), &set, &per_cluster).unwrap_err().to_string();
+    assert!(error.contains("--per-cluster") && error.contains("--calibration-set"), "{error}");
+    // one that lies there already is not taken without a word
+    let third = tempfile::tempdir().unwrap();
+    std::fs::copy(&set, third.path().join("calibration.json")).unwrap();
+    let error = prune(third.path(), &options, &mut |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("holds a calibration.json already") && error.contains("--calibration-set"), "{error}");
+}
+
+#[test]
 fn every_budget_holds_and_several_hold_together() {
     let budgets = vec![Budget::new(Resource::Params, 0.8).unwrap(), Budget::new(Resource::Kv, 0.5).unwrap()];
     for space in [Space::Joint, Space::JointHeads] {

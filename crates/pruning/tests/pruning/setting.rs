@@ -112,6 +112,7 @@ pub fn prune(directory: &Path, options: &PruneOptions, on_step: &mut dyn FnMut(S
             model_sha256: sha.clone(),
             dtype: "f32".into(),
             calibration: vec![],
+            calibration_set: None,
             eval_text: None,
             options: options.clone(),
             command: vec![],
