@@ -9,6 +9,17 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+/// Requests and sequences: more than any machine computes, and far from where sums of them end.
+const MOST_REQUESTS: usize = 1_000_000;
+/// Tokens of one pass, likewise.
+const MOST_BATCH_TOKENS: usize = 100_000_000;
+/// Guesses at a time: a model checks some ten of them in the time of one token.
+const MOST_GUESSES: usize = 1_000;
+/// Some 30 years, which every clock can add to its time.
+const MOST_SECONDS: u64 = 1_000_000_000;
+/// 1 EiB.
+const MOST_BYTES: f64 = (1u64 << 60) as f64;
+
 /// Options of `evop serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeConfig {
@@ -44,8 +55,11 @@ pub struct ServeConfig {
     #[arg(long, env = "EVOP_SPECULATE", value_name = "FORM", help_heading = "Model")]
     pub speculate: Option<String>,
     /// Tokens that it guesses at most.
-    #[arg(long, env = "EVOP_SPECULATE_TOKENS", value_name = "N", default_value_t = 4, value_parser = at_least_one, help_heading = "Model")]
+    #[arg(long, env = "EVOP_SPECULATE_TOKENS", value_name = "N", default_value_t = 4, value_parser = within::<1, MOST_GUESSES>, help_heading = "Model")]
     pub speculate_tokens: usize,
+    /// Guess that many each time, whatever is fastest: to measure how often guesses are right.
+    #[arg(long, env = "EVOP_SPECULATE_ALWAYS", requires = "speculate", help_heading = "Model")]
+    pub speculate_always: bool,
 
     /// While first tokens take longer than this, for example p99_ttft=500ms, requests that name no form get a thinner one of --pattern; the answer's model says which. [default: never]
     #[arg(long, env = "EVOP_ELASTIC", value_name = "GOAL", help_heading = "Model")]
@@ -88,13 +102,13 @@ pub struct ServeConfig {
     pub otlp_endpoint: Option<String>,
 
     /// Requests that may wait before the server answers 429.
-    #[arg(long, env = "EVOP_MAX_QUEUE", value_name = "N", default_value_t = 256, help_heading = "Limits")]
+    #[arg(long, env = "EVOP_MAX_QUEUE", value_name = "N", default_value_t = 256, value_parser = within::<0, MOST_REQUESTS>, help_heading = "Limits")]
     pub max_queue: usize,
     /// Sequences that are computed together.
-    #[arg(long, env = "EVOP_MAX_CONCURRENT", value_name = "N", default_value_t = 32, value_parser = at_least_one, help_heading = "Limits")]
+    #[arg(long, env = "EVOP_MAX_CONCURRENT", value_name = "N", default_value_t = 32, value_parser = within::<1, MOST_REQUESTS>, help_heading = "Limits")]
     pub max_concurrent: usize,
     /// Tokens of one forward pass. [default: the engine's own]
-    #[arg(long, env = "EVOP_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = at_least_one, help_heading = "Limits")]
+    #[arg(long, env = "EVOP_MAX_BATCH_TOKENS", value_name = "TOKENS", value_parser = within::<1, MOST_BATCH_TOKENS>, help_heading = "Limits")]
     pub max_batch_tokens: Option<usize>,
     /// How many times as long as without prompts a step may take while answers stream: prompts are read in chunks that small. 0 = chunks of --max-batch-tokens, which reads prompts fastest and makes answers wait for them.
     #[arg(long, env = "EVOP_DECODE_SLOWDOWN", value_name = "FACTOR", default_value_t = 1.8, value_parser = slowdown, help_heading = "Limits")]
@@ -109,19 +123,19 @@ pub struct ServeConfig {
     #[arg(long, env = "EVOP_TOKEN_RATE_LIMIT", value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     pub token_rate_limit: Option<u32>,
     /// Seconds for a request's head to arrive, and so for a connection to be idle; more than the idle timeout of a proxy before the server.
-    #[arg(long, env = "EVOP_HEAD_TIMEOUT", value_name = "SECONDS", default_value_t = 90, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Limits")]
+    #[arg(long, env = "EVOP_HEAD_TIMEOUT", value_name = "SECONDS", default_value_t = 90, value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS), help_heading = "Limits")]
     pub head_timeout: u64,
     /// Seconds for a request's body to arrive.
-    #[arg(long, env = "EVOP_BODY_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Limits")]
+    #[arg(long, env = "EVOP_BODY_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS), help_heading = "Limits")]
     pub body_timeout: u64,
     /// Seconds that a client may go without taking any byte of its answer.
-    #[arg(long, env = "EVOP_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), help_heading = "Limits")]
+    #[arg(long, env = "EVOP_WRITE_TIMEOUT", value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=MOST_SECONDS), help_heading = "Limits")]
     pub write_timeout: u64,
     /// Seconds that one request may take; 0 = no limit.
-    #[arg(long, env = "EVOP_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 300, help_heading = "Limits")]
+    #[arg(long, env = "EVOP_REQUEST_TIMEOUT", value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(..=MOST_SECONDS), help_heading = "Limits")]
     pub request_timeout: u64,
     /// Seconds that running requests get to finish when the server is asked to stop.
-    #[arg(long, env = "EVOP_SHUTDOWN_TIMEOUT", value_name = "SECONDS", default_value_t = 30, help_heading = "Limits")]
+    #[arg(long, env = "EVOP_SHUTDOWN_TIMEOUT", value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(..=MOST_SECONDS), help_heading = "Limits")]
     pub shutdown_timeout: u64,
 }
 
@@ -268,7 +282,11 @@ impl FromStr for ByteSize {
             _ => return Err(wrong()),
         };
         let bytes = number * factor as f64;
-        if bytes < 1.0 { Err(wrong()) } else { Ok(Self(bytes as usize)) }
+        match bytes {
+            1.0..=MOST_BYTES => Ok(Self(bytes as usize)),
+            _ if bytes > MOST_BYTES => Err(format!("expected at most 1048576TiB, found {text:?}")),
+            _ => Err(wrong()),
+        }
     }
 }
 
@@ -295,8 +313,8 @@ impl fmt::Debug for Secret {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("expected a whole number of at least 1, found {text:?}"))
+fn within<const LEAST: usize, const MOST: usize>(text: &str) -> Result<usize, String> {
+    text.parse::<usize>().ok().filter(|n| (LEAST..=MOST).contains(n)).ok_or_else(|| format!("expected a whole number from {LEAST} to {MOST}, found {text:?}"))
 }
 
 fn slowdown(text: &str) -> Result<f64, String> {
@@ -317,6 +335,8 @@ pub fn forget_empty_variables() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+    use std::time::Instant;
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -326,8 +346,45 @@ mod tests {
         assert_eq!(bytes("1.5 GB"), Ok(1_500_000_000));
         assert_eq!(bytes("512m"), Ok(512_000_000));
         assert_eq!(bytes("4096"), Ok(4096));
-        for wrong in ["", "GiB", "2 pounds", "-1", "0", "1.2.3"] {
+        for wrong in ["", "GiB", "2 pounds", "-1", "0", "1.2.3", "2000000TiB"] {
             assert!(bytes(wrong).is_err(), "{wrong:?}");
+        }
+        assert_eq!(bytes("1048576TiB"), Ok(1 << 60));
+    }
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        config: ServeConfig,
+    }
+
+    #[test]
+    fn limits_that_no_sum_could_hold_are_refused_with_what_was_expected() {
+        let parse = |option: &str, value: &str| Arguments::try_parse_from(["serve", option, value]).map(|read| read.config).map_err(|e| e.to_string());
+        let config = parse("--max-queue", "1000000").unwrap();
+        assert_eq!(config.max_queue + config.max_concurrent, 1_000_032);
+        assert_eq!(tokio::sync::Semaphore::new(2 * MOST_REQUESTS).available_permits(), 2 * MOST_REQUESTS);
+        let longest = parse("--request-timeout", "1000000000").unwrap().request_timeout().unwrap();
+        assert!(Instant::now().checked_add(longest).is_some());
+        assert_eq!(parse("--request-timeout", "0").unwrap().request_timeout(), None);
+        for (option, value, expected) in [
+            ("--max-queue", "1000001", "from 0 to 1000000"),
+            ("--max-queue", "18446744073709551615", "from 0 to 1000000"),
+            ("--max-queue", "many", "from 0 to 1000000"),
+            ("--max-concurrent", "0", "from 1 to 1000000"),
+            ("--max-concurrent", "18446744073709551615", "from 1 to 1000000"),
+            ("--max-batch-tokens", "18446744073709551615", "from 1 to 100000000"),
+            ("--speculate-tokens", "18446744073709551615", "from 1 to 1000"),
+            ("--request-timeout", "18446744073709551615", "0..=1000000000"),
+            ("--shutdown-timeout", "1000000001", "0..=1000000000"),
+            ("--head-timeout", "1000000001", "1..=1000000000"),
+            ("--body-timeout", "18446744073709551615", "1..=1000000000"),
+            ("--write-timeout", "0", "1..=1000000000"),
+            ("--kv-memory", "1e30", "expected a size"),
+            ("--kv-memory", "1048577TiB", "at most 1048576TiB"),
+        ] {
+            let error = parse(option, value).map(drop).unwrap_err();
+            assert!(error.contains(option) && error.contains(expected), "{option} {value}: {error}");
         }
     }
 

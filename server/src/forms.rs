@@ -34,6 +34,17 @@ pub struct Asked {
     speculation: Option<Speculation>,
 }
 
+/// The options about forms that were given.
+pub fn options(config: &ServeConfig) -> Vec<&'static str> {
+    let options = [
+        ("--pattern", !config.patterns.is_empty()),
+        ("--auto", config.auto.is_some()),
+        ("--speculate", config.speculate.is_some()),
+        ("--elastic", config.elastic.is_some()),
+    ];
+    options.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect()
+}
+
 impl Asked {
     /// Reads the files of the forms.
     ///
@@ -54,7 +65,7 @@ impl Asked {
         asked.speculation = match &config.speculate {
             None => None,
             Some(name) => match asked.names.iter().position(|form| form == name) {
-                Some(form) => Some(Speculation { member: form + 1, most: config.speculate_tokens }),
+                Some(form) => Some(Speculation { member: form + 1, most: config.speculate_tokens, always: config.speculate_always }),
                 None => bail!("--speculate {name}: there is no such form; name one that --pattern {name}=FILE gives"),
             },
         };

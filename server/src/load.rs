@@ -2,7 +2,7 @@
 
 use crate::admin::BASE;
 use crate::config::ServeConfig;
-use crate::forms::{Asked, Forms};
+use crate::forms::{self, Asked, Forms};
 use crate::memory;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
@@ -65,8 +65,16 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
     let start = Instant::now();
     let device = config.device.open()?;
     let weights = weight_type(&device, config.dtype.weights_to_serve(&device, checkpoint))?;
-    // a job's model has patterns of its own parent only
-    let asked = if identity.id == BASE { Asked::read(config, checkpoint.config())? } else { Asked::default() };
+    // the forms are patterns of the start model: no other has their layers, widths and clusters
+    let asked = if identity.id == BASE {
+        Asked::read(config, checkpoint.config())?
+    } else {
+        let options = forms::options(config);
+        if !options.is_empty() {
+            tracing::warn!(model = identity.id, options = options.join(", "), "forms are of the start model: this one is served without any");
+        }
+        Asked::default()
+    };
     let decoder = load_decoder(checkpoint, &device, weights, &asked.widths)?;
     let ordered = !asked.widths.is_empty();
     let model = decoder.config().clone();
@@ -108,6 +116,7 @@ pub fn load(checkpoint: &Checkpoint, identity: Identity, config: &ServeConfig) -
         chat,
         engine,
         ordered,
+        weights: weights.as_str(),
         kv_element_bytes,
     })
 }

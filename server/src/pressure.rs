@@ -103,18 +103,25 @@ impl Pressure {
 
     fn end(&self, ticket: u64, came: Option<Instant>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(arrived), Some(now)) = (state.waiting.remove(&ticket), came) {
-            state.times.push_back((now, now.saturating_duration_since(arrived)));
+        if let (Some(arrived), Some(came)) = (state.waiting.remove(&ticket), came) {
+            state.times.push_back((came, came.saturating_duration_since(arrived)));
+            // (nobody asks for the level while all requests name a form)
+            state.forget(came);
         }
     }
 }
 
 impl State {
-    /// Of the times of late, those that are still growing included; `None` if there are none.
-    fn percentile(&mut self, now: Instant, percentile: f64) -> Option<Duration> {
+    /// Drops the times that count no more.
+    fn forget(&mut self, now: Instant) {
         while self.times.front().is_some_and(|(came, _)| now.saturating_duration_since(*came) > WINDOW) {
             self.times.pop_front();
         }
+    }
+
+    /// Of the times of late, those that are still growing included; `None` if there are none.
+    fn percentile(&mut self, now: Instant, percentile: f64) -> Option<Duration> {
+        self.forget(now);
         let growing = self.waiting.values().map(|arrived| now.saturating_duration_since(*arrived));
         let mut times: Vec<Duration> = self.times.iter().map(|(_, time)| *time).chain(growing).collect();
         times.sort_unstable();
@@ -131,9 +138,9 @@ pub struct Wait {
 }
 
 impl Wait {
-    /// The token came.
-    pub fn came(self) {
-        self.pressure.end(self.ticket, Some(Instant::now()));
+    /// The token came: the engine made it at that moment.
+    pub fn came(self, at: Instant) {
+        self.pressure.end(self.ticket, Some(at));
     }
 }
 
@@ -187,9 +194,18 @@ mod tests {
     #[test]
     fn a_request_that_is_given_up_leaves_no_time() {
         let pressure = Arc::new(Pressure::new(Goal { percentile: 0.9, limit: seconds(1.0) }));
-        drop(pressure.wait(Instant::now()));
-        pressure.wait(Instant::now()).came();
+        let start = Instant::now();
+        drop(pressure.wait(start));
+        pressure.wait(start).came(start + seconds(0.5));
         let state = pressure.state.lock().unwrap();
-        assert_eq!((state.waiting.len(), state.times.len()), (0, 1));
+        assert_eq!((state.waiting.len(), state.times.front()), (0, Some(&(start + seconds(0.5), seconds(0.5)))));
+    }
+
+    #[test]
+    fn old_times_are_dropped_even_if_nobody_asks_for_the_level() {
+        let pressure = Arc::new(Pressure::new(Goal { percentile: 0.9, limit: seconds(1.0) }));
+        let start = Instant::now();
+        (0..100).for_each(|i| pressure.wait(start).came(start + seconds(f64::from(i))));
+        assert_eq!(pressure.state.lock().unwrap().times.len(), 11);
     }
 }

@@ -9,12 +9,17 @@ use tokenizers::Tokenizer;
 const REPLACEMENT: char = '\u{FFFD}';
 /// A character has up to four bytes; of one that lacks its last byte, up to three can stand as replacement characters at the end.
 const MOST_INCOMPLETE: usize = 3;
+/// Tokens that are not yet given out in full. With more, those in the middle are left out: a model may write bytes that are no characters for ever.
+const MOST_UNREAD: usize = 16;
+/// Tokens that are kept then. Bytes are in step again three bytes after a gap, before a whole character and an unfinished one, of up to seven together.
+const RECENT: usize = 10;
 
 /// Text of one choice as it grows.
 ///
 /// What a token adds depends on its neighbours (decoders strip the first space, characters span tokens), so a short window is decoded: the
 /// tokens of the last piece given out, for context, and those that came since. A character is given out when it is whole, and
-/// all pieces and [`Self::finish`] together are what decoding all tokens at once gives.
+/// all pieces and [`Self::finish`] together are what decoding all tokens at once gives. (A decoder that falls back to bytes takes back characters when a
+/// byte after them is none; what was given out stays.)
 #[derive(Debug, Clone)]
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
@@ -48,9 +53,12 @@ impl Detokenizer {
         let text = self.unread_text()?;
         let incomplete = text.chars().rev().take_while(|c| *c == REPLACEMENT).count().min(MOST_INCOMPLETE);
         let certain = text.len() - incomplete * REPLACEMENT.len_utf8();
-        let delta = text.get(self.emitted..certain).unwrap_or_default().to_string();
+        let mut delta = text.get(self.emitted..certain).unwrap_or_default().to_string();
         if incomplete > 0 || text.is_empty() {
             self.emitted = self.emitted.max(certain);
+            if self.window.len() - self.read > MOST_UNREAD {
+                delta += self.shorten(&text)?;
+            }
         } else {
             self.window.drain(..self.read);
             self.read = self.window.len();
@@ -58,6 +66,17 @@ impl Detokenizer {
             self.emitted = 0;
         }
         Ok(delta)
+    }
+
+    /// Leaves out tokens that `text`, of all that are unread, has no more need of: not the first one, since decoders treat a text's beginning apart, and
+    /// not the last ones. Returns what has to be given out now, which is nothing unless the end of the text depends on tokens far back.
+    fn shorten<'a>(&mut self, text: &'a str) -> Result<&'a str, Error> {
+        self.window.drain(self.read + 1..self.window.len() - RECENT);
+        let shorter = self.unread_text()?;
+        let held = text.get(self.emitted..).unwrap_or_default();
+        let same_end = shorter.ends_with(held);
+        self.emitted = if same_end { shorter.len() - held.len() } else { shorter.len() };
+        Ok(if same_end { "" } else { held })
     }
 
     /// The tokens ended: whatever was still held back.
@@ -116,6 +135,20 @@ mod tests {
         Arc::new(json.to_string().parse().unwrap())
     });
 
+    /// Byte-level, and its one merged token begins and ends within a character: 🙂 is F0 9F 99 82.
+    static STRADDLING: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null, "post_processor": null, "added_tokens": [],
+            "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                "fuse_unk": false, "byte_fallback": false, "vocab": {"ð": 0, "Ł": 1, "Ļ": 2, "Ĥ": 3, "ĻĤðŁ": 4}, "merges": []},
+        });
+        Arc::new(json.to_string().parse().unwrap())
+    });
+
+    /// Tokens that are a byte of 0x80 and more.
+    static BROKEN: LazyLock<Vec<u32>> = LazyLock::new(|| (0..259).filter(|id| TINY.decode(&[*id], false).unwrap() == REPLACEMENT.to_string()).collect());
+
     fn pieces(tokenizer: &Arc<Tokenizer>, ids: &[u32], skip: bool) -> Vec<String> {
         let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), skip);
         let mut pieces: Vec<String> = ids.iter().map(|id| detokenizer.push(*id).unwrap()).collect();
@@ -135,6 +168,11 @@ mod tests {
         #[test]
         fn the_pieces_of_any_bytes_are_the_whole_text(ids in prop::collection::vec(0..259_u32, 0..40), skip: bool) {
             prop_assert_eq!(pieces(&TINY, &ids, skip).concat(), TINY.decode(&ids, skip).unwrap());
+        }
+
+        #[test]
+        fn the_pieces_of_many_broken_characters_are_the_whole_text(ids in prop::collection::vec(prop::sample::select(BROKEN.to_vec()), 0..200)) {
+            prop_assert_eq!(pieces(&TINY, &ids, false).concat(), TINY.decode(&ids, false).unwrap());
         }
 
         #[test]
@@ -169,6 +207,35 @@ mod tests {
         let byte = |b: u8| SENTENCEPIECE.token_to_id(&format!("<0x{b:02X}>")).unwrap();
         let ids: Vec<u32> = "é🙂".bytes().map(byte).collect();
         assert_eq!(pieces(&SENTENCEPIECE, &ids, true), ["", "é", "", "", "", "🙂", ""]);
+    }
+
+    #[test]
+    fn bytes_that_never_become_a_character_come_out_and_are_not_kept() {
+        let byte = |b: u8| SENTENCEPIECE.token_to_id(&format!("<0x{b:02X}>")).unwrap();
+        for (tokenizer, id) in [(&*TINY, BROKEN[0]), (&*SENTENCEPIECE, byte(0x80))] {
+            let ids = vec![id; 5_000];
+            let mut detokenizer = Detokenizer::new(Arc::clone(tokenizer), true);
+            let mut text = String::new();
+            for id in &ids {
+                text += &detokenizer.push(*id).unwrap();
+                assert!(detokenizer.window.len() <= 2 * MOST_UNREAD);
+            }
+            assert_eq!(text.chars().count(), ids.len() - MOST_INCOMPLETE);
+            text += &detokenizer.finish().unwrap();
+            assert_eq!(text, tokenizer.decode(&ids, true).unwrap());
+        }
+        // nor are tokens that have no text: here, one that the vocabulary doesn't know
+        let ids = [&[1][..], &[9_999; 100], &[4, 2]].concat();
+        assert_eq!(pieces(&SENTENCEPIECE, &ids, true).concat(), SENTENCEPIECE.decode(&ids, true).unwrap());
+    }
+
+    #[test]
+    fn characters_whose_tokens_all_end_within_the_next_one_come_out_whole() {
+        let ids = [&[0, 1][..], &[4; 100], &[2, 3]].concat();
+        let pieces = pieces(&STRADDLING, &ids, false);
+        assert_eq!(pieces.concat(), "🙂".repeat(101));
+        assert!(!pieces.iter().any(|piece| piece.contains(REPLACEMENT)));
+        assert_eq!(pieces[50], "🙂", "as they come");
     }
 
     #[test]

@@ -45,7 +45,10 @@ impl JobProcess {
 
     /// Asks it to end; it saves its state first.
     pub fn terminate(&self) {
-        if let Some(child) = self.lock().as_mut() {
+        // one that has ended may have been waited for, and its id be another process's by now
+        if let Some(child) = self.lock().as_mut()
+            && matches!(child.try_wait(), Ok(None))
+        {
             terminate(child);
         }
     }
@@ -94,7 +97,7 @@ impl JobProcess {
 #[cfg(unix)]
 fn terminate(child: &Child) {
     let Ok(pid) = libc::pid_t::try_from(child.id()) else { return };
-    // SAFETY: a system call without memory; the child has not been waited for, so the id is its own
+    // SAFETY: a system call without memory; the caller has seen that the child has not been waited for, so the id is its own
     unsafe { libc::kill(pid, libc::SIGTERM) };
 }
 

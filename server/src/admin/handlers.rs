@@ -16,6 +16,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,6 +59,7 @@ pub async fn prune(State(app): State<Arc<App>>, headers: HeaderMap, JsonBody(bod
         request.calibration = Some(data.job(&id).join("calibration.txt"));
     }
     let (job, is_new) = blocking(move || {
+        request.calibration_sha256 = inline.as_deref().map(sha256);
         if let Some(earlier) = key.as_deref().and_then(|key| earlier(&app, key)) {
             return Ok((earlier, false, request));
         }
@@ -82,9 +84,17 @@ fn earlier(app: &App, key: &str) -> Option<Job> {
     app.admin.store.list().into_iter().find(|job| job.idempotency_key.as_deref() == Some(key))
 }
 
-/// Where an inline text was put doesn't count.
+/// Of a text that came with the request counts what it is, and not where it was put.
 fn same(one: &PruneRequest, other: &PruneRequest) -> bool {
-    (&one.model, &one.options, one.activate, one.calibration.is_some()) == (&other.model, &other.options, other.activate, other.calibration.is_some())
+    let comparable = |request: &PruneRequest| {
+        let path = request.calibration.clone().filter(|_| request.calibration_sha256.is_none());
+        PruneRequest { calibration: path, ..request.clone() }
+    };
+    comparable(one) == comparable(other)
+}
+
+fn sha256(text: &str) -> String {
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn reused_key(id: &str) -> ApiError {
@@ -111,7 +121,7 @@ fn parse(app: &App, body: &Map<String, Value>) -> Result<(PruneRequest, Option<S
     let (calibration, inline) = calibration(&fields)?;
     let activate = fields.bool("activate")?.unwrap_or(false);
     fields.log_unknown();
-    Ok((PruneRequest { model, options, calibration, activate }, inline))
+    Ok((PruneRequest { model, options, calibration, calibration_sha256: None, activate }, inline))
 }
 
 /// `{"path": …}` or `{"inline": …}`.
@@ -234,4 +244,35 @@ fn described(served: &Served) -> Value {
             "max_concurrent": limits.max_concurrent, "max_queue": limits.max_queue, "max_batch_tokens": limits.max_batch_tokens, "max_model_len": limits.max_model_len,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_the_same_if_they_calibrate_on_the_same() {
+        let request = |path: Option<&str>, text: Option<&str>| PruneRequest {
+            model: BASE.into(),
+            options: Map::new(),
+            calibration: path.map(PathBuf::from),
+            calibration_sha256: text.map(sha256),
+            activate: false,
+        };
+        let requests = [
+            request(None, None),
+            request(Some("/a.txt"), None),
+            request(Some("/b.txt"), None),
+            request(Some("/jobs/1/calibration.txt"), Some("a text")),
+            request(Some("/jobs/1/calibration.txt"), Some("another text")),
+        ];
+        for (i, one) in requests.iter().enumerate() {
+            for (j, other) in requests.iter().enumerate() {
+                assert_eq!(same(one, other), i == j, "{i} and {j}");
+            }
+        }
+        assert!(same(&requests[3], &request(Some("/jobs/2/calibration.txt"), Some("a text"))));
+        assert!(!same(&requests[0], &PruneRequest { activate: true, ..request(None, None) }));
+        assert_eq!(sha256("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
 }

@@ -75,6 +75,9 @@ pub struct PruneRequest {
     /// What to calibrate on, if not on the bundled text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calibration: Option<PathBuf>,
+    /// The SHA-256, in hexadecimal, of a text that came with the request; `calibration` is where it was put.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration_sha256: Option<String>,
     /// Put the model into service when it is done.
     #[serde(default)]
     pub activate: bool,
@@ -138,7 +141,7 @@ mod tests {
     use super::*;
 
     fn job(state: State, attempts: u32) -> Job {
-        let request = PruneRequest { model: "base".into(), options: Map::new(), calibration: None, activate: false };
+        let request = PruneRequest { model: "base".into(), options: Map::new(), calibration: None, calibration_sha256: None, activate: false };
         Job { state, attempts, ..Job::new(new_id(), request, None) }
     }
 
@@ -162,5 +165,13 @@ mod tests {
         let before = job(State::Queued, 0);
         let text = serde_json::to_string(&before).unwrap();
         assert_eq!(serde_json::from_str::<Job>(&text).unwrap(), before);
+    }
+
+    #[test]
+    fn a_job_of_an_earlier_version_is_read() {
+        let text = r#"{"id": "prune-1-a", "state": "done", "request": {"model": "base", "calibration": "/data/jobs/prune-1-a/calibration.txt"},
+            "created": 1, "started": 2, "finished": 3, "error": null}"#;
+        let job: Job = serde_json::from_str(text).unwrap();
+        assert_eq!((job.state, job.request.calibration_sha256, job.request.calibration.is_some()), (State::Done, None, true));
     }
 }

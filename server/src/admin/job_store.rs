@@ -193,7 +193,7 @@ mod tests {
     use crate::admin::job::{PruneRequest, new_id};
 
     fn job(key: Option<&str>) -> Job {
-        let request = PruneRequest { model: "base".into(), options: serde_json::Map::new(), calibration: None, activate: false };
+        let request = PruneRequest { model: "base".into(), options: serde_json::Map::new(), calibration: None, calibration_sha256: None, activate: false };
         Job::new(new_id(), request, key.map(str::to_string))
     }
 

@@ -71,7 +71,8 @@ impl Admin {
         &self.registry
     }
 
-    fn activating(&self) -> &Mutex<()> {
+    /// Held by who puts a model into service, from its choice to the swap.
+    pub fn activating(&self) -> &Mutex<()> {
         &self.activating
     }
 }

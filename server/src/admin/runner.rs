@@ -8,7 +8,7 @@ use serde_json::Value;
 use std::fs::File;
 use std::io::BufRead;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,7 @@ pub trait Surroundings: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Runner {
     store: Arc<JobStore>,
-    /// The running job, if there is one.
+    /// The running job, if there is one. A job that has begun gets here with its process, or when it is cancelled before it has one.
     current: Mutex<Option<Current>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// The right to run this data directory's jobs, or why this process doesn't have it.
@@ -49,7 +49,7 @@ pub struct Runner {
 #[derive(Debug, Clone)]
 struct Current {
     id: String,
-    process: Arc<JobProcess>,
+    process: Option<Arc<JobProcess>>,
     cancelled: bool,
 }
 
@@ -124,21 +124,34 @@ impl Runner {
         if self.store.cancel_queued(id)? {
             return Ok(());
         }
-        let process = {
-            let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some(current) = current.as_mut().filter(|c| c.id == id) else { return Ok(()) };
-            current.cancelled = true;
-            Arc::clone(&current.process)
-        };
-        process.end_within(PATIENCE);
+        if let Some(process) = self.cancel_begun(id) {
+            process.end_within(PATIENCE);
+        }
         Ok(())
+    }
+
+    /// Notes that a job that has begun is cancelled, and returns its process if it has one.
+    fn cancel_begun(&self, id: &str) -> Option<Arc<JobProcess>> {
+        let mut current = self.current();
+        if let Some(current) = current.as_mut().filter(|c| c.id == id) {
+            current.cancelled = true;
+            return current.process.clone();
+        }
+        if current.is_none() && self.store.get(id).is_some_and(|job| job.state == State::Running) {
+            *current = Some(Current { id: id.into(), process: None, cancelled: true });
+        }
+        None
+    }
+
+    fn current(&self) -> MutexGuard<'_, Option<Current>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The server stops: the running job is interrupted, and goes on with the next server. Waits until that is on disk, unless the thread
     /// is loading a model, which nobody needs any more.
     pub fn stop(&self) {
         self.store.stop();
-        let process = self.current.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|c| Arc::clone(&c.process));
+        let process = self.current().as_ref().and_then(|c| c.process.clone());
         if let Some(process) = process {
             process.end_within(PATIENCE);
         }
@@ -175,6 +188,8 @@ impl Runner {
         if let Err(error) = saved {
             tracing::error!(job = id, %error, "the job's end is not on disk");
         }
+        // (it may have been cancelled when its process had ended)
+        *self.current() = None;
     }
 
     fn process(&self, job: &Job, surroundings: &impl Surroundings) -> Result<Ending, String> {
@@ -186,9 +201,9 @@ impl Runner {
         let arguments = arguments(job, &run, surroundings)?;
         let (process, output) = JobProcess::spawn(&arguments, &log).map_err(|e| format!("the job's process can't be started: {e}"))?;
         let process = Arc::new(process);
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(Current { id: job.id.clone(), process: Arc::clone(&process), cancelled: false });
-        if self.store.is_stopping() {
-            // `stop` came before there was a process to end
+        let cancelled = self.has_process(&job.id, &process);
+        if cancelled || self.store.is_stopping() {
+            // `cancel` or `stop` came before there was a process to end
             process.kill();
         }
         let mut said = None;
@@ -196,7 +211,7 @@ impl Runner {
             said = self.read(&job.id, &line).or(said);
         }
         let status = process.wait().map_err(|e| format!("the job's process is lost: {e}"))?;
-        let cancelled = self.current.lock().unwrap_or_else(PoisonError::into_inner).take().is_some_and(|c| c.cancelled);
+        let cancelled = self.current().take().is_some_and(|c| c.cancelled);
         Ok(if status.success() && is_checkpoint(&run) {
             Ending::Done
         } else if cancelled {
@@ -211,6 +226,14 @@ impl Runner {
                 format!("evop prune ended with {status}: {tail}")
             }))
         })
+    }
+
+    /// Notes the running job's process. True if the job was cancelled before it had one.
+    fn has_process(&self, id: &str, process: &Arc<JobProcess>) -> bool {
+        let mut current = self.current();
+        let cancelled = current.take().is_some_and(|c| c.id == id && c.cancelled);
+        *current = Some(Current { id: id.into(), process: Some(Arc::clone(process)), cancelled });
+        cancelled
     }
 
     /// A line of the process's stdout; returns an error that it reports.
@@ -251,4 +274,47 @@ fn arguments(job: &Job, run: &Path, surroundings: &impl Surroundings) -> Result<
 /// `evop.json` is a run's last word.
 pub fn is_checkpoint(run: &Path) -> bool {
     run.join("evop.json").exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admin::job::{PruneRequest, new_id};
+    use crate::data_dir::DataDir;
+
+    /// Cancels the job that asks for its model: it has begun, and has no process yet.
+    struct CancelsWhatBegins(Arc<Runner>);
+
+    impl Surroundings for CancelsWhatBegins {
+        fn model_arguments(&self, _: &str) -> Result<Vec<String>, String> {
+            let job = self.0.store.list().into_iter().find(|job| job.state == State::Running).ok_or("nothing runs")?;
+            self.0.cancel(&job.id).map_err(|e| e.to_string())?;
+            Ok(Vec::new())
+        }
+
+        fn device_arguments(&self) -> Vec<String> {
+            Vec::new()
+        }
+
+        fn activate(&self, _: &str) -> Result<(), String> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_job_that_is_cancelled_before_it_has_a_process_is_cancelled() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(JobStore::open(DataDir::new(directory.path())));
+        let runner = Arc::new(Runner::new(Arc::clone(&store)));
+        let request = PruneRequest { model: "base".into(), options: serde_json::Map::new(), calibration: None, calibration_sha256: None, activate: false };
+        let (job, _) = store.add(Job::new(new_id(), request, None)).unwrap();
+        let begun = runner.next().unwrap();
+        assert_eq!(begun.id, job.id);
+        // (the process is this test's own program, which fails over the options of `evop prune`)
+        runner.run(&begun, &CancelsWhatBegins(Arc::clone(&runner)));
+        assert_eq!(store.get(&job.id).unwrap().state, State::Cancelled);
+        // what is cancelled after its end leaves nothing for the next job
+        runner.cancel(&job.id).unwrap();
+        assert!(runner.current().is_none());
+    }
 }

@@ -13,7 +13,7 @@ use crate::{listener, load, logging, router};
 use anyhow::{Context, Result, bail};
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
 
@@ -74,9 +74,14 @@ async fn serve(config: ServeConfig, threads: usize) -> Result<()> {
     end(&app, [public, admin]).await
 }
 
-/// Loads the model that was current, or else the one that the server was started with.
+/// Loads the model that was current, or else the one that the server was started with; neither if one was activated before that could begin.
 fn load_first(app: &App) -> Result<()> {
     let registry = app.admin.registry();
+    let _one_at_a_time = app.admin.activating().lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(served) = app.slot.current() {
+        tracing::info!(model = served.id, "a model was activated before the first one was loaded, and stays");
+        return Ok(());
+    }
     let id = registry.initial();
     let loaded = registry.open(&id).and_then(|(checkpoint, identity)| load::load(&checkpoint, identity, &app.config));
     let served = match loaded {
@@ -159,4 +164,30 @@ fn announce(what: &str, listener: &TcpListener) -> Result<()> {
         println!("{}", serde_json::json!({"message": message, "address": address.to_string()}));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        config: ServeConfig,
+    }
+
+    #[test]
+    fn a_model_that_was_activated_before_the_first_was_loaded_stays() {
+        let data = tempfile::tempdir().unwrap();
+        let config = Arguments::try_parse_from(["serve", "--device", "cpu", "--kv-memory", "64MiB"]).unwrap().config;
+        let keys = Keys::read("API key", None, &[]).unwrap();
+        let admin = Admin::new(DataDir::new(data.path()), ModelSource::Bundled, None, 1);
+        let app = App::new(config, vec!["tiny".into()], Metrics::new("tiny".into()).unwrap(), Shutdown::new(), keys, admin);
+        load_first(&app).unwrap();
+        let activated = app.slot.current().unwrap();
+        load_first(&app).unwrap();
+        assert!(Arc::ptr_eq(&activated, &app.slot.current().unwrap()));
+        activated.engine.stop();
+    }
 }

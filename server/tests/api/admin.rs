@@ -1,7 +1,7 @@
 //! The admin API, as far as no job has to run for it.
 
-use crate::harness::{Server, request};
-use serde_json::json;
+use crate::harness::{Server, command, request};
+use serde_json::{Value, json};
 
 #[test]
 fn a_prune_request_that_can_not_work_is_refused_by_field() {
@@ -66,4 +66,43 @@ fn a_data_directory_that_can_not_be_written_is_an_error_of_the_job_not_of_servin
 fn the_admin_port_has_the_probes_too() {
     let server = Server::start(&[]);
     assert_eq!(request(&server.admin, "GET", "/health", &[], None).status, 200);
+}
+
+#[test]
+fn an_idempotency_key_goes_with_what_is_calibrated_on() {
+    let server = Server::start(&[]);
+    let files = tempfile::tempdir().unwrap();
+    let [one, other] = ["one.txt", "other.txt"].map(|name| {
+        let path = files.path().join(name);
+        std::fs::write(&path, "The same text.").unwrap();
+        json!({"path": path})
+    });
+    let [text, another] = ["A text.", "Another text."].map(|text| json!({"inline": text}));
+    // (such a job fails at once)
+    let post = |key: &str, calibration: &Value| {
+        let body = json!({"options": {"sparsity": 7.5}, "calibration": calibration}).to_string();
+        request(&server.admin, "POST", "/admin/v1/prune", &[("idempotency-key", key)], Some(&body))
+    };
+    for (key, first, different) in [("paths", &one, [&other, &text, &Value::Null]), ("texts", &text, [&another, &one, &Value::Null])] {
+        let (made, again) = (post(key, first), post(key, first));
+        assert_eq!((made.status, again.status), (202, 202), "{} {}", made.body, again.body);
+        assert_eq!(made.json()["job"]["id"], again.json()["job"]["id"]);
+        for calibration in different {
+            let answer = post(key, calibration);
+            assert_eq!(answer.status, 409, "{key}, {calibration}: {}", answer.body);
+        }
+    }
+    assert_eq!(server.admin("GET", "/admin/v1/jobs", None).ok()["jobs"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn limits_without_measure_are_refused_before_anything_starts() {
+    for (option, value) in
+        [("--request-timeout", "18446744073709551615"), ("--max-queue", "18446744073709551615"), ("--max-concurrent", "18446744073709551615")]
+    {
+        let output = command().args(["serve", option, value]).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(option) && message.contains("1000000"), "{message}");
+    }
 }

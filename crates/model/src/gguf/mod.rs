@@ -51,6 +51,7 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
         .map_err(|_| damaged("its header can't be parsed".into()))?
         .map_err(|e| damaged(e.to_string()))?;
     for (name, info) in &content.tensor_infos {
+        source::check_blocks(path, name, info)?;
         let elements = info.shape.dims().iter().try_fold(1usize, |product, n| product.checked_mul(*n));
         let size = elements.and_then(|n| (n / info.ggml_dtype.block_size()).checked_mul(info.ggml_dtype.type_size()));
         let start = content.tensor_data_offset.checked_add(info.offset);

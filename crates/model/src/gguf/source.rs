@@ -149,6 +149,30 @@ impl GgufSource {
     }
 }
 
+/// Rows are made of whole blocks.
+///
+/// # Errors
+/// [`Error::Tensor`] for a row that isn't.
+pub(super) fn check_blocks(path: &Path, name: &str, info: &TensorInfo) -> Result<()> {
+    let (shape, block) = (info.shape.dims(), info.ggml_dtype.block_size());
+    if shape.last().copied().unwrap_or(1).is_multiple_of(block) {
+        return Ok(());
+    }
+    let kind = type_name(info.ggml_dtype);
+    Err(Error::Tensor {
+        path: path.to_path_buf(),
+        tensor: name.into(),
+        expected: format!("rows of a multiple of {block} numbers, which is a block of its type {kind}"),
+        found: format!("shape {shape:?}"),
+    })
+}
+
+/// A type as everybody writes it: Q4_K, not candle's Q4K.
+fn type_name(kind: GgmlDType) -> String {
+    let name = format!("{kind:?}");
+    name.strip_suffix('K').map_or(name.clone(), |bits| format!("{bits}_K"))
+}
+
 fn file_size(info: &TensorInfo) -> usize {
     info.shape.elem_count() / info.ggml_dtype.block_size() * info.ggml_dtype.type_size()
 }
@@ -184,10 +208,7 @@ impl Source for GgufSource {
 
     fn stored(&self, name: &str) -> Result<Stored> {
         let (info, _, _) = self.info(name)?;
-        let kind = format!("{:?}", info.ggml_dtype);
-        // Q4K is what everybody else writes Q4_K
-        let kind = kind.strip_suffix('K').map_or(kind.clone(), |bits| format!("{bits}_K"));
-        Ok(Stored { kind, bytes: file_size(info) as u64 })
+        Ok(Stored { kind: type_name(info.ggml_dtype), bytes: file_size(info) as u64 })
     }
 
     fn raw(&self, name: &str) -> Result<RawTensor<'_>> {

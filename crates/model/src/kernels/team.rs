@@ -110,6 +110,8 @@ impl Team {
         let shared = &*self.shared;
         // SAFETY: the last job is closed and nobody is at it. Nobody joins this one after `Close`, which waits for those at it: the reference is not used longer.
         unsafe { *shared.job.get() = Some(std::mem::transmute::<&Task<'_>, &'static Task<'static>>(task)) };
+        // (left by a job whose caller panicked too)
+        shared.panicked.store(false, Relaxed);
         shared.tasks.store(tasks, Relaxed);
         shared.next.0.store(0, Relaxed);
         let number = shared.state.0.load(Relaxed) / NUMBER;
@@ -239,6 +241,17 @@ mod tests {
             sum.fetch_add(i, Relaxed);
         });
         assert_eq!(sum.into_inner(), 190);
+        // the caller and another thread at once: the next job has nothing to do with that
+        let panicking = AtomicUsize::new(0);
+        let both = |_: usize| {
+            panicking.fetch_add(1, SeqCst);
+            while panicking.load(SeqCst) < 2 {
+                std::thread::yield_now();
+            }
+            assert!(panicking.load(SeqCst) < 2, "no");
+        };
+        assert!(catch_unwind(AssertUnwindSafe(|| team.run(2, &both))).is_err());
+        team.run(2, &|_: usize| ());
         assert!(Team::new(1).is_none());
     }
 }

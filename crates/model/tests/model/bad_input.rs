@@ -327,6 +327,26 @@ fn a_gguf_header_with_absurd_sizes() {
 }
 
 #[test]
+fn a_gguf_whose_rows_are_no_whole_blocks() {
+    let whole = gguf();
+    let directory = tempfile::tempdir().unwrap();
+    // the type stands behind the tensor's name, the number of its dimensions (4 bytes) and these (8 bytes each)
+    for (tensor, dimensions, id, kind, shape) in [
+        // all in all whole blocks: 324 x 64 numbers are 81 of 256
+        ("token_embd.weight", 2, 12u32, "Q4_K", "[324, 64]"),
+        ("blk.0.attn_q.weight", 2, 14, "Q6_K", "[64, 64]"),
+        // less than one
+        ("output_norm.weight", 1, 10, "Q2_K", "[64]"),
+    ] {
+        let mut bytes = whole.clone();
+        let at = after(&bytes, tensor) + 4 + 8 * dimensions;
+        bytes[at..at + 4].copy_from_slice(&id.to_le_bytes());
+        let expected = format!("expected rows of a multiple of 256 numbers, which is a block of its type {kind}, found shape {shape}");
+        fails(&write_gguf(&directory, &bytes), &["model.gguf", tensor, &expected]);
+    }
+}
+
+#[test]
 fn gguf_metadata_that_cannot_be_used() {
     let whole = gguf();
     let directory = tempfile::tempdir().unwrap();
