@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""How fast one request at a time is with a form that drafts, beside the same model without, in turns.
+"""What a form's guesses are worth, and how fast one request at a time is with them, beside the same model without.
 
-usage: compare-drafts.py EVOP NAME=pattern.json ... --prompts FILE [--model MODEL] [--most 1,4] [--requests 9] [-- options of evop serve]
+usage: compare-drafts.py EVOP NAME=pattern.json ... --prompts FILE [--model MODEL] [--most 1,4] [--requests 9] [--long 16] [-- options of evop serve]
 
-Every form is tried with each limit of --most tokens before a check. FILE has a prompt a line. Prints a table: the part of the drafted tokens that was right, tokens drafted
-for each answered one, and the median speed-up of a greedy request of 96 tokens.
+Every form is tried with each limit of --most tokens before a check. FILE has a prompt a line.
+
+First with --speculate-always, which guesses whatever it costs: --long greedy answers of 640 tokens, four at a time, which must equal those without drafts; that says how often
+guesses are right. Then as it is meant to be used: greedy requests of 96 tokens with and without in turns, the median speed-up and the tokens drafted for each answered one.
 """
 import argparse
+import concurrent.futures
 import json
 import statistics
 import subprocess
@@ -14,7 +17,7 @@ import tempfile
 import time
 import urllib.request
 
-TOKENS = 96
+SHORT, LONG = 96, 640
 
 
 class Server:
@@ -32,19 +35,33 @@ class Server:
         except OSError:
             return None
 
-    def seconds(self, prompt):
-        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    def answer(self, prompt, tokens):
+        """The answer's token ids, and the seconds that it took."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
         started = time.monotonic()
-        text = json.load(urllib.request.urlopen(request))["choices"][0]["text"]
-        return time.monotonic() - started, text
+        ids = json.load(urllib.request.urlopen(request))["choices"][0]["token_ids"]
+        return ids, time.monotonic() - started
+
+    def answers(self, prompts, tokens):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            return [ids for ids, _ in pool.map(lambda prompt: self.answer(prompt, tokens), prompts)]
 
     def metric(self, name):
-        return sum(float(line.rsplit(" ", 1)[1]) for line in self.get("/metrics").splitlines() if line.startswith(name + "{") or line.startswith(name + " "))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in self.get("/metrics").splitlines() if line.startswith(name + "{"))
+
+    def guesses(self):
+        """Drafted, and right."""
+        return [int(self.metric(f"vllm:spec_decode_num_{kind}_tokens_total")) for kind in ["draft", "accepted"]]
 
     def stop(self):
         self.process.terminate()
         self.process.wait()
+
+
+def same(name, found, expected):
+    if found != expected:
+        raise SystemExit(f"{name}: another answer than without drafts")
 
 
 def main():
@@ -55,28 +72,38 @@ def main():
     parser.add_argument("--model")
     parser.add_argument("--most", default="1,4")
     parser.add_argument("--requests", type=int, default=9)
+    parser.add_argument("--long", type=int, default=16)
     args, serve = parser.parse_known_args()
     options = [o for o in serve if o != "--"] + (["--model", args.model] if args.model else [])
     prompts = [line.strip() for line in open(args.prompts, encoding="utf-8") if line.strip()]
-    print("| drafts by | at most | right, of those drafted | drafted for a token | speed-up |\n| --- | --- | --- | --- | --- |")
+    some = lambda count: [prompts[i % len(prompts)] for i in range(count)]
+    compared = 0
+    print("| drafts by | at most | right, of so many drafted | drafted for a token, where it may choose | speed-up |\n| --- | --- | --- | --- | --- |")
     for form in args.forms:
         name = form.split("=", 1)[0]
+        # with the form too: it says in which order the weights are loaded, which rounds sums otherwise
+        alone = [*options, "--pattern", form]
+        plain = Server(args.evop, alone)
+        expected = plain.answers(some(args.long), LONG)
+        plain.stop()
         for most in args.most.split(","):
-            # with the form too: it says in which order the weights are loaded, which rounds sums otherwise. Anew each time: a process that has been there for
-            # longer lies in larger pages, and is faster by up to a tenth
-            alone = Server(args.evop, [*options, "--pattern", form])
-            drafting = Server(args.evop, [*options, "--pattern", form, "--speculate", name, "--speculate-tokens", most])
-            ratios = []
-            for i in range(args.requests):
-                prompt = prompts[i % len(prompts)]
-                (own, expected), (with_drafts, text) = alone.seconds(prompt), drafting.seconds(prompt)
-                if text != expected:
-                    raise SystemExit(f"{name}: another answer to {prompt!r}")
-                ratios.append(own / with_drafts)
-            drafted, right = (drafting.metric(f"vllm:spec_decode_num_{kind}_tokens_total") for kind in ["draft", "accepted"])
-            print(f"| `@{name}` | {most} | {right / max(drafted, 1):.0%} | {drafted / TOKENS / args.requests:.2f} | {statistics.median(ratios):.2f}x |", flush=True)
+            drafts = [*alone, "--speculate", name, "--speculate-tokens", most]
+            always = Server(args.evop, [*drafts, "--speculate-always"])
+            same(name, always.answers(some(args.long), LONG), expected)
+            compared += sum(map(len, expected))
+            drafted, right = always.guesses()
+            always.stop()
+            # anew each time: a process that has been there for longer lies in larger pages, and is faster by up to a tenth
+            plain, drafting, ratios = Server(args.evop, alone), Server(args.evop, drafts), []
+            for prompt in some(args.requests):
+                (own, own_time), (other, other_time) = plain.answer(prompt, SHORT), drafting.answer(prompt, SHORT)
+                same(name, other, own)
+                ratios.append(own_time / other_time)
+            chosen = drafting.guesses()[0] / SHORT / args.requests
+            plain.stop()
             drafting.stop()
-            alone.stop()
+            print(f"| `@{name}` | {most} | {right / max(drafted, 1):.0%} of {drafted:,} | {chosen:.2f} | {statistics.median(ratios):.2f}x |", flush=True)
+    print(f"\n{compared:,} greedy tokens with drafts equal those without")
 
 
 main()

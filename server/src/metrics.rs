@@ -19,6 +19,8 @@ const FIRST_TOKEN: [f64; 22] =
 const INTER_TOKEN: [f64; 19] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
 /// Seconds of a whole request, or of a part of it.
 const REQUEST: [f64; 21] = [0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0];
+/// Tokens of a step.
+const STEP_TOKENS: [f64; 13] = [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 /// Choices of a request.
 const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
@@ -60,6 +62,7 @@ pub struct Metrics {
     /// What the engines that there are have counted, as of the last rendering: the counters above go on when one ends.
     counted: Mutex<HashMap<usize, EngineStats>>,
 
+    iteration_tokens: HistogramVec,
     first_token: HistogramVec,
     inter_token: HistogramVec,
     time_per_output_token: HistogramVec,
@@ -129,7 +132,7 @@ impl Metrics {
             kv_bytes_budget: r.int_gauge("evop_kv_bytes_budget", "Bytes of key/value memory.", &[])?,
             ready: r.int_gauge("evop_ready", "1 if a model is loaded, its engine runs and the server takes requests.", &[])?,
             served_info: r.int_gauge("evop_served_info", "The model that is served: its id and where it came from.", &["id", "root", "parent"])?,
-            prompt_tokens: r.counter("vllm:prompt_tokens_total", "Prompt tokens of finished requests.", &MODEL)?,
+            prompt_tokens: r.counter("vllm:prompt_tokens_total", "Prompt tokens of the requests that were taken.", &MODEL)?,
             generation_tokens: r.counter("vllm:generation_tokens_total", "Tokens generated.", &MODEL)?,
             requests: r.counter("vllm:request_success_total", "Finished choices by reason.", &["model_name", "engine", "finished_reason"])?,
             rejections: r.counter("vllm:admission_rejections_total", "Requests that were not taken.", &["model_name", "engine", "reason"])?,
@@ -144,6 +147,7 @@ impl Metrics {
             draft_tokens: r.counter("vllm:spec_decode_num_draft_tokens_total", "Tokens drafted.", &MODEL)?,
             accepted_tokens: r.counter("vllm:spec_decode_num_accepted_tokens_total", "Drafted tokens that were right.", &MODEL)?,
             counted: Mutex::default(),
+            iteration_tokens: r.histogram("vllm:iteration_tokens_total", "Tokens of a step: of prompts, answers and drafts.", &STEP_TOKENS)?,
             first_token: r.histogram("vllm:time_to_first_token_seconds", "Seconds from a request to its first token.", &FIRST_TOKEN)?,
             inter_token: r.histogram("vllm:inter_token_latency_seconds", "Seconds between a choice's tokens.", &INTER_TOKEN)?,
             time_per_output_token: r.histogram("vllm:request_time_per_output_token_seconds", "Mean seconds a token, per choice.", &INTER_TOKEN)?,
@@ -226,6 +230,9 @@ impl Metrics {
             self.drafts.with_label_values(&self.labels()).inc_by(since(|s| s.drafts));
             self.draft_tokens.with_label_values(&self.labels()).inc_by(since(|s| s.draft_tokens));
             self.accepted_tokens.with_label_values(&self.labels()).inc_by(since(|s| s.accepted_tokens));
+            for (tokens, steps) in served.engine.take_iterations() {
+                (0..steps).for_each(|_| self.iteration_tokens.with_label_values(&self.labels()).observe(tokens as f64));
+            }
             counted.insert(at, now);
         }
     }

@@ -63,6 +63,8 @@ pub struct Served {
     pub engine: EngineHandle,
     /// The weights were loaded in the order that the forms' widths ask for, which rounds sums otherwise.
     pub ordered: bool,
+    /// What the weights are held in.
+    pub weights: &'static str,
     /// Of an element of the key/value cache.
     pub kv_element_bytes: usize,
 }
@@ -113,7 +115,7 @@ impl Served {
     pub fn fingerprint(&self, name: &str) -> String {
         let mut hasher = DefaultHasher::new();
         let member = name.rsplit_once('@').and_then(|(_, form)| self.member(Some(form)));
-        (env!("CARGO_PKG_VERSION"), &self.id, &self.root, self.ordered, member).hash(&mut hasher);
+        (env!("CARGO_PKG_VERSION"), &self.id, &self.root, self.ordered, self.weights, self.kv_element_bytes, member).hash(&mut hasher);
         format!("fp_{:010x}", hasher.finish() & 0xff_ffff_ffff)
     }
 

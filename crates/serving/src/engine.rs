@@ -58,7 +58,7 @@ impl EngineConfig {
 
     fn validate(&self, members: usize) -> Result<(), Error> {
         let Self { max_concurrent, max_batch_tokens, max_model_len, .. } = *self;
-        if let Some(Speculation { member, most }) = self.speculation
+        if let Some(Speculation { member, most, .. }) = self.speculation
             && (member == 0 || member >= members || most == 0)
         {
             return Err(Error::Config(format!(
@@ -152,7 +152,7 @@ impl Engine {
         let (news, ended) = watch::channel(());
         let handle = EngineHandle::new(Inner { commands: sender, shared: Arc::clone(&shared), config, vocab_size, members: runner.members(), ended });
         let _ended = Ended { shared: Arc::clone(&shared), _news: news };
-        let drafting = config.speculation.map(|s| Drafting::new(s.most));
+        let drafting = config.speculation.map(Drafting::new);
         let engine = Self { runner, scheduler, drafting, eos_token_ids, commands, shared, last_finish: Instant::now(), _ended };
         std::thread::Builder::new().name("evop-engine".into()).spawn(move || engine.run())?;
         Ok(handle)
@@ -213,6 +213,7 @@ impl Engine {
         if step.is_empty() {
             return;
         }
+        self.shared.count_step(self.scheduler.running.iter().map(Sequence::step_tokens).sum());
         let began = Instant::now();
         self.compute();
         let elapsed = began.elapsed();
@@ -258,7 +259,6 @@ impl Engine {
     /// Sends what the step made. Returns what became of its drafts.
     fn emit(&mut self) -> Judged {
         let mut judged = Judged::default();
-        self.shared.steps.fetch_add(1, Relaxed);
         let Scheduler { running, blocks, .. } = &mut self.scheduler;
         for sequence in running.iter_mut().filter(|s| s.scheduled > 0 && s.finished.is_none()) {
             let advanced = sequence.advance(&self.eos_token_ids);

@@ -7,6 +7,7 @@ use crate::sequence::SequenceGroup;
 use crate::stats::{EngineStats, Shared};
 use crate::stream::RequestStream;
 use evop_model::BLOCK_TOKENS;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -134,6 +135,11 @@ impl EngineHandle {
     /// The engine's counters.
     pub fn stats(&self) -> EngineStats {
         self.inner.shared.stats()
+    }
+
+    /// How many steps computed how many tokens (of prompts, answers and drafts) since this was last asked.
+    pub fn take_iterations(&self) -> BTreeMap<usize, u64> {
+        self.inner.shared.take_iterations()
     }
 
     /// The limits that the engine was started with.

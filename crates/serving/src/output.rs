@@ -1,6 +1,6 @@
 //! What the engine sends back, one message a choice and step.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One event of one choice. A choice's last event is [`OutputKind::Finished`], and it always comes.
 #[derive(Debug, Clone, PartialEq)]
@@ -9,6 +9,14 @@ pub struct StepOutput {
     pub index: usize,
     /// What happened.
     pub kind: OutputKind,
+    /// When it did, whenever it is read.
+    pub at: Instant,
+}
+
+impl StepOutput {
+    pub(crate) fn now(index: usize, kind: OutputKind) -> Self {
+        Self { index, kind, at: Instant::now() }
+    }
 }
 
 /// The kinds of [`StepOutput`], in the order in which a choice sends them.
@@ -18,6 +26,8 @@ pub enum OutputKind {
     PromptRead {
         /// Tokens of the prompt that were in the cache already.
         cached_tokens: usize,
+        /// How long it waited for a place.
+        queued: Duration,
     },
     /// Once, from choice 0, before its first token, if `prompt_logprobs` was asked for: one entry a prompt token, the first `None`.
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
@@ -36,8 +46,6 @@ pub enum OutputKind {
         reason: FinishReason,
         /// What it used.
         usage: Usage,
-        /// How long it waited for a place.
-        queued: Duration,
     },
 }
 

@@ -178,7 +178,7 @@ impl Scheduler {
             sequence.release(&mut self.blocks);
             return Some(sequence);
         }
-        if sequence.group.reuses_prefixes() {
+        if sequence.reuses_prefixes() {
             self.prefix.0 += sequence.tokens.len() as u64;
             self.prefix.1 += sequence.computed as u64;
         }
@@ -288,9 +288,9 @@ impl Withdrawn {
     pub fn send_finished(&self, reason: &FinishReason) {
         for index in self.choices.clone() {
             let usage = Usage { prompt_tokens: self.group.prompt.len(), ..Usage::default() };
-            let kind = OutputKind::Finished { reason: reason.clone(), usage, queued: self.group.arrived.elapsed() };
+            let kind = OutputKind::Finished { reason: reason.clone(), usage };
             // a receiver that is gone needs no message
-            let _ = self.output.send(StepOutput { index, kind });
+            let _ = self.output.send(StepOutput::now(index, kind));
         }
     }
 }

@@ -34,11 +34,6 @@ impl SequenceGroup {
         let chain = start(member, cache_salt.as_deref());
         Self { request_id, prompt, member, params: Arc::new(params), n, arrived: Instant::now(), priority, chain, stopped }
     }
-
-    /// Whether its prompt may be taken from what other requests left: not if every token of it is to be scored.
-    pub fn reuses_prefixes(&self) -> bool {
-        self.params.prompt_logprobs.is_none()
-    }
 }
 
 /// One choice that has had a place in the batch.
@@ -100,9 +95,14 @@ impl Sequence {
         }
     }
 
+    /// Whether its prompt may be taken from what others left: not if every token of it is to be scored, which the first choice does for all.
+    pub fn reuses_prefixes(&self) -> bool {
+        self.index > 0 || self.group.params.prompt_logprobs.is_none()
+    }
+
     /// Takes the blocks that are known already. The last token is always computed: what comes after it is sampled from it.
     pub fn find_prefix(&mut self, blocks: &mut Blocks) {
-        if self.group.reuses_prefixes() {
+        if self.reuses_prefixes() {
             let (table, content) = blocks.find(self.group.chain, &self.tokens[..self.tokens.len() - 1]);
             self.computed = table.len() * BLOCK_TOKENS;
             self.named = (table.len(), content);
@@ -166,6 +166,11 @@ impl Sequence {
         Span { past: self.computed, len: self.scheduled + self.drafts.len() }
     }
 
+    /// How many tokens the current step has of it, those that are to be guessed included.
+    pub fn step_tokens(&self) -> usize {
+        self.scheduled + self.drafting
+    }
+
     /// The current step's tokens, drafts included.
     pub fn scheduled_tokens(&self) -> impl Iterator<Item = u32> {
         self.tokens[self.computed..self.computed + self.scheduled].iter().chain(&self.drafts).copied()
@@ -208,7 +213,7 @@ impl Sequence {
         let mut advanced = Advanced::default();
         if !self.prompt_read && self.computed >= self.group.prompt.len() {
             self.prompt_read = true;
-            self.send(OutputKind::PromptRead { cached_tokens: self.cached.unwrap_or(0) });
+            self.send(OutputKind::PromptRead { cached_tokens: self.cached.unwrap_or(0), queued: self.queued });
             if self.index == 0 {
                 advanced.prompt_tokens = self.group.prompt.len();
                 if self.group.params.prompt_logprobs.is_some() {
@@ -266,12 +271,12 @@ impl Sequence {
     pub fn send_finished(&self) {
         let Some(reason) = self.finished.clone() else { return };
         let usage = Usage { prompt_tokens: self.group.prompt.len(), cached_tokens: self.cached.unwrap_or(0), completion_tokens: self.generated() };
-        self.send(OutputKind::Finished { reason, usage, queued: self.queued });
+        self.send(OutputKind::Finished { reason, usage });
     }
 
     fn send(&self, kind: OutputKind) {
         // a receiver that is gone is noticed by the next step
-        let _ = self.output.send(StepOutput { index: self.index, kind });
+        let _ = self.output.send(StepOutput::now(self.index, kind));
     }
 }
 

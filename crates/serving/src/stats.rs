@@ -1,7 +1,8 @@
 //! What the engine says about itself: counters that it writes and everyone may read at any time.
 
-use std::sync::Mutex;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A snapshot of the engine.
@@ -73,6 +74,8 @@ pub(crate) struct Shared {
     pub accepted_tokens: AtomicU64,
     pub steps: AtomicU64,
     finished: Mutex<FinishedRequests>,
+    /// Steps by their tokens.
+    iterations: Mutex<BTreeMap<usize, u64>>,
     /// Since `started`.
     last_step_nanos: AtomicU64,
     /// Between two finished choices, smoothed.
@@ -100,7 +103,8 @@ impl Shared {
             draft_tokens: AtomicU64::new(0),
             accepted_tokens: AtomicU64::new(0),
             steps: AtomicU64::new(0),
-            finished: Mutex::new(FinishedRequests::default()),
+            finished: Mutex::default(),
+            iterations: Mutex::default(),
             last_step_nanos: AtomicU64::new(0),
             finish_interval_nanos: AtomicU64::new(0),
             draining: AtomicBool::new(false),
@@ -125,7 +129,7 @@ impl Shared {
             draft_tokens: self.draft_tokens.load(Relaxed),
             accepted_tokens: self.accepted_tokens.load(Relaxed),
             steps: self.steps.load(Relaxed),
-            finished: *self.finished.lock().unwrap_or_else(std::sync::PoisonError::into_inner),
+            finished: *self.finished.lock().unwrap_or_else(PoisonError::into_inner),
             last_step: self.started + Duration::from_nanos(self.last_step_nanos.load(Relaxed)),
         }
     }
@@ -135,7 +139,17 @@ impl Shared {
     }
 
     pub fn count_finished(&self, count: impl FnOnce(&mut FinishedRequests)) {
-        count(&mut self.finished.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        count(&mut self.finished.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// A step computes so many tokens.
+    pub fn count_step(&self, tokens: usize) {
+        self.steps.fetch_add(1, Relaxed);
+        *self.iterations.lock().unwrap_or_else(PoisonError::into_inner).entry(tokens).or_default() += 1;
+    }
+
+    pub fn take_iterations(&self) -> BTreeMap<usize, u64> {
+        std::mem::take(&mut *self.iterations.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A place became free, so long after the one before (while there was work).

@@ -5,7 +5,6 @@ use crate::sequence::SequenceGroup;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
-use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 /// The outputs of one request, all choices mixed. Dropping it cancels the request at the next step.
@@ -63,7 +62,7 @@ impl RequestStream {
                 let index = self.progress.iter().position(|p| !p.finished)?;
                 let usage = Usage { prompt_tokens: self.group.prompt.len(), cached_tokens: 0, completion_tokens: self.progress[index].tokens };
                 let reason = FinishReason::Error("the engine has stopped".into());
-                StepOutput { index, kind: OutputKind::Finished { reason, usage, queued: Duration::ZERO } }
+                StepOutput::now(index, OutputKind::Finished { reason, usage })
             }
         };
         let progress = &mut self.progress[output.index];
@@ -86,9 +85,9 @@ mod tests {
         let request = Request { prompt: vec![1, 2], n: 2, ..Request::default() };
         let (output, receiver) = tokio::sync::mpsc::unbounded_channel();
         let mut stream = RequestStream::new(receiver, Arc::new(SequenceGroup::new(request)));
-        let finished = OutputKind::Finished { reason: FinishReason::Length, usage: Usage::default(), queued: Duration::ZERO };
-        output.send(StepOutput { index: 0, kind: finished }).unwrap();
-        output.send(StepOutput { index: 1, kind: OutputKind::Token { id: 3, logprobs: None, is_stop: false } }).unwrap();
+        let finished = OutputKind::Finished { reason: FinishReason::Length, usage: Usage::default() };
+        output.send(StepOutput::now(0, finished)).unwrap();
+        output.send(StepOutput::now(1, OutputKind::Token { id: 3, logprobs: None, is_stop: false })).unwrap();
         drop(output);
         let outputs: Vec<StepOutput> = std::iter::from_fn(|| stream.blocking_next()).collect();
         assert_eq!(outputs.len(), 3);

@@ -1,5 +1,6 @@
 //! `evop bench`: how fast a checkpoint decodes and prefills, beside another one measured in turns with it; how fast a search can run; how a server bears load.
 
+mod matmul;
 mod search;
 mod serve;
 mod shape;
@@ -11,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use evop_model::device::weight_type;
 use evop_model::{Config, Decoder, FixedCache, PagedCache, Span};
+use matmul::Matmul;
 use rayon::prelude::*;
 use serde::Serialize;
 use shape::Shape;
@@ -93,6 +95,9 @@ pub struct DecodeArgs {
     /// Tokens that are decoded of each.
     #[arg(long, value_name = "TOKENS", default_value_t = 64)]
     pub tokens: usize,
+    /// Tokens of each sequence in a step: more than 1 is what checking drafts costs. All of them are counted.
+    #[arg(long, value_name = "TOKENS", default_value_t = 1)]
+    pub step_tokens: usize,
 }
 
 /// Options of `evop bench prefill`.
@@ -117,6 +122,9 @@ struct Line {
     /// Decoding: weights, keys and values read, in GB/s, and their share of what this machine reads (a CPU's).
     gigabytes_per_second: Option<f64>,
     share_of_bandwidth: Option<f64>,
+    /// A prompt: products in GFLOP/s, and their share of what this machine multiplies in the weights' type.
+    gflops: Option<f64>,
+    share_of_matmul: Option<f64>,
     /// The first one's median over the other's.
     speed_up: Option<f64>,
     /// What the bytes promise: the weights, read once a step, and the keys and values (decoding few sequences).
@@ -129,9 +137,12 @@ struct Line {
 pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
     match &args.what {
         Bench::Decode(a) => {
-            let least = a.batch.iter().copied().chain([a.prompt, a.tokens]).min();
-            let work = |d: &Decoder, size| Work::of_step(d, a.common.kv_dtype, size, a.prompt + a.tokens / 2);
-            speeds(&a.common, "sequences", &a.batch, least, a.prompt + a.tokens, work, |d, size| decode(d, a.common.kv_dtype, size, a.prompt, a.tokens))
+            let least = a.batch.iter().copied().chain([a.prompt, a.tokens, a.step_tokens]).min();
+            let work = |d: &Decoder, size| Work::of_step(d, a.common.kv_dtype, size, a.step_tokens, a.prompt + a.tokens / 2);
+            let tokens = a.tokens.next_multiple_of(a.step_tokens.max(1));
+            speeds(&a.common, "sequences", &a.batch, least, a.prompt + tokens, work, |d, size| {
+                decode(d, a.common.kv_dtype, size, a.prompt, tokens, a.step_tokens)
+            })
         }
         Bench::Prefill(a) => {
             let ends = (a.length.iter().copied().min(), a.length.iter().copied().max());
@@ -149,12 +160,12 @@ struct Work {
 }
 
 impl Work {
-    /// One token of each sequence, of which so many are past: every weight, and the past's keys and values.
-    fn of_step(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, past: usize) -> Self {
+    /// So many tokens of each sequence, of which so many are past: every weight, and the past's keys and values. Divided by a sequence's tokens.
+    fn of_step(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, tokens: usize, past: usize) -> Self {
         let config = decoder.config();
         let kv_bytes = config.kv_bytes_per_token(kv_dtype.of(decoder.dtype()).size_in_bytes());
         let products = 2 * (config.block_parameters() + head_parameters(config)) + attention_flops(config, past);
-        Self { bytes: (decoder.multiplied_bytes() + sequences * past * kv_bytes) as f64, flops: (sequences * products) as f64 }
+        Self { bytes: (decoder.multiplied_bytes() + sequences * past * kv_bytes) as f64 / tokens.max(1) as f64, flops: (sequences * products) as f64 }
     }
 
     /// All tokens of a prompt, the head for its last one only.
@@ -195,12 +206,12 @@ fn speeds(
             bail!("{longest} tokens: expected at most the model's context of {}", config.max_position_embeddings);
         }
     }
-    // (in turns with what it is the bound of)
-    let mut bandwidth = Vec::new();
     let decoding = what == "sequences";
+    let product = if decoding { None } else { Some(Matmul::new(&decoder)?) };
     let mut lines = Vec::new();
     for size in sizes {
-        let (mut own, mut others) = (Vec::new(), Vec::new());
+        // (in turns with what is the bound of it)
+        let (mut own, mut others, mut bandwidth, mut matmul) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         measure(&decoder, *size)?; // warms caches up
         for _ in 0..common.repeats {
             own.push(measure(&decoder, *size)?);
@@ -210,17 +221,23 @@ fn speeds(
             if decoding && decoder.device().is_cpu() {
                 bandwidth.push(read_bandwidth());
             }
+            if let Some(product) = &product {
+                matmul.push(product.gflops()?);
+            }
         }
         let (own, against) = (spread(own), other.as_ref().map(|_| spread(others)));
         let asked = work(&decoder, *size);
         let ideal = |of: &dyn Fn(&Work) -> f64| other.as_ref().map(|other| of(&work(other, *size)) / of(&asked));
         let read = decoding.then(|| own[0] / *size as f64 * asked.bytes);
+        let multiplied = (!decoding).then(|| own[0] / *size as f64 * asked.flops / 1e9);
         lines.push(Line {
             size: *size,
             tokens_per_second: own,
             against,
             gigabytes_per_second: read.map(|r| r / 1e9),
-            share_of_bandwidth: read.filter(|_| !bandwidth.is_empty()).map(|r| r / spread(bandwidth.clone())[0]),
+            share_of_bandwidth: read.filter(|_| !bandwidth.is_empty()).map(|r| r / spread(bandwidth)[0]),
+            gflops: multiplied,
+            share_of_matmul: multiplied.map(|m| m / spread(matmul)[0]),
             speed_up: against.map(|a| own[0] / a[0]),
             ideal_by_bytes: ideal(&|work| work.bytes),
             ideal_by_flops: ideal(&|work| work.flops),
@@ -230,16 +247,16 @@ fn speeds(
         println!("{}", serde_json::to_string_pretty(&lines)?);
         return Ok(());
     }
-    print!("{what:>9}{:>12}{:>20}{:>8}{:>14}", "tokens/s", "from - to", "GB/s", "of the bound");
+    print!("{what:>9}{:>12}{:>20}{:>9}{:>14}", "tokens/s", "from - to", if decoding { "GB/s" } else { "GFLOP/s" }, "of the bound");
     if lines.iter().any(|line| line.against.is_some()) {
         print!("{:>12}{:>20}{:>10}{:>10}{:>10}", "against", "from - to", "speed-up", "by bytes", "by FLOPs");
     }
     println!();
     for line in lines {
         let range = |s: [f64; 3]| format!("{:.1} - {:.1}", s[1], s[2]);
-        let gigabytes = line.gigabytes_per_second.map_or(String::new(), |g| format!("{g:.1}"));
-        let share = line.share_of_bandwidth.map_or(String::new(), |s| format!("{:.0}%", 100.0 * s));
-        print!("{:>9}{:>12.1}{:>20}{gigabytes:>8}{share:>14}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
+        let done = line.gigabytes_per_second.or(line.gflops).map_or(String::new(), |g| format!("{g:.1}"));
+        let share = line.share_of_bandwidth.or(line.share_of_matmul).map_or(String::new(), |s| format!("{:.0}%", 100.0 * s));
+        print!("{:>9}{:>12.1}{:>20}{done:>9}{share:>14}", line.size, line.tokens_per_second[0], range(line.tokens_per_second));
         if let (Some(a), Some(s), Some(bytes), Some(flops)) = (line.against, line.speed_up, line.ideal_by_bytes, line.ideal_by_flops) {
             print!("{:>12.1}{:>20}{s:>9.2}x{bytes:>9.2}x{flops:>9.2}x", a[0], range(a));
         }
@@ -277,8 +294,8 @@ fn token(i: usize, config: &Config) -> u32 {
     ((i * 7919 + 13) % config.vocab_size) as u32
 }
 
-/// New tokens a second over all of `sequences` at once, after prompts that aren't timed.
-pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prompt: usize, tokens: usize) -> Result<f64> {
+/// New tokens a second over all of `sequences` at once, so many of each a step (whose number divides `tokens`), after prompts that aren't timed.
+pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prompt: usize, tokens: usize, step_tokens: usize) -> Result<f64> {
     let config = decoder.config();
     let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &vec![prompt + tokens; sequences])?;
     let mut next = Vec::with_capacity(sequences);
@@ -287,8 +304,9 @@ pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prom
         next.extend(step(decoder, &ids, &[Span { past: 0, len: prompt }], cache.of([s]))?);
     }
     let started = Instant::now();
-    for past in prompt..prompt + tokens {
-        next = step(decoder, &next, &vec![Span { past, len: 1 }; sequences], cache.of(0..sequences))?;
+    for past in (prompt..prompt + tokens).step_by(step_tokens) {
+        let ids: Vec<u32> = next.iter().flat_map(|id| std::iter::repeat_n(*id, step_tokens)).collect();
+        next = step(decoder, &ids, &vec![Span { past, len: step_tokens }; sequences], cache.of(0..sequences))?;
     }
     Ok((sequences * tokens) as f64 / started.elapsed().as_secs_f64())
 }
@@ -305,14 +323,20 @@ fn prefill(decoder: &Decoder, kv_dtype: KvDTypeChoice, length: usize) -> Result<
     Ok(length as f64 / started.elapsed().as_secs_f64())
 }
 
-/// One pass, and the most likely token after each span.
+/// One pass, and the most likely token after each span; what continues a sequence is judged at every token, as drafts are.
 fn step(decoder: &Decoder, tokens: &[u32], spans: &[Span], mut cache: PagedCache<'_>) -> Result<Vec<u32>> {
     Ok(decoder.device().with_context(|| -> evop_model::Result<Vec<u32>> {
         let batch = decoder.batch(spans)?;
         let hidden = decoder.forward(tokens, &batch, &mut cache)?;
-        let last: Vec<u32> = spans.iter().scan(0, |end, span| Some((*end += span.len, *end as u32 - 1).1)).collect();
-        let index = evop_model::Tensor::from_slice(&last, last.len(), decoder.device())?;
-        Ok(decoder.logits(&hidden.index_select(&index, 0)?)?.argmax(1)?.to_vec1::<u32>()?)
+        let (mut rows, mut last, mut end) = (Vec::new(), Vec::new(), 0);
+        for span in spans {
+            end += span.len as u32;
+            rows.extend(if span.past == 0 { end - 1 } else { end - span.len as u32 }..end);
+            last.push(rows.len() - 1);
+        }
+        let index = evop_model::Tensor::from_slice(&rows, rows.len(), decoder.device())?;
+        let likely = decoder.logits(&hidden.index_select(&index, 0)?)?.argmax(1)?.to_vec1::<u32>()?;
+        Ok(last.into_iter().map(|row| likely[row]).collect())
     })?)
 }
 

@@ -86,8 +86,8 @@ fn speeds(pruned: &Path) -> Result<(f64, f64)> {
     let pruned = load(Checkpoint::open(pruned)?)?;
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        a.push(bench::decode(&dense, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS)?);
-        b.push(bench::decode(&pruned, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS)?);
+        a.push(bench::decode(&dense, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS, 1)?);
+        b.push(bench::decode(&pruned, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS, 1)?);
     }
     let median = |mut v: Vec<f64>| {
         v.sort_by(f64::total_cmp);

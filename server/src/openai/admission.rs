@@ -11,9 +11,14 @@ use crate::served::{Served, Wanted};
 use evop_serving::{Request, SamplingParams, SubmitError};
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::sync::Semaphore;
 
-/// Tokenizing longer texts than this is left to a thread that may block.
+/// Text of a token, about.
+pub const TOKEN_BYTES: usize = 4;
+/// Tokenizing longer texts than this is left to a thread that may block, …
 const SHORT_TEXT_BYTES: usize = 16 << 10;
+/// … of which so many work at a time: the model computes beside them.
+static LONG_TEXTS: Semaphore = Semaphore::const_new(1);
 
 /// Whom a request asks.
 #[derive(Debug, Clone)]
@@ -83,19 +88,36 @@ pub fn served_model(app: &App, fields: &Fields<'_>) -> Result<Target, ApiError> 
     Ok(Target { served, name, asked })
 }
 
-/// Token ids of a text, without keeping other requests waiting.
+/// Tokenizes texts of so many bytes in all, or joins tokens to such a text, without keeping other requests waiting.
 ///
 /// # Errors
 /// 400 with what the tokenizer says.
-pub async fn encode(served: &Arc<Served>, text: String, add_special_tokens: bool, param: &'static str) -> Result<Vec<u32>, ApiError> {
-    let result = if text.len() <= SHORT_TEXT_BYTES {
-        served.encode(&text, add_special_tokens)
+pub async fn tokenizing<T: Send + 'static>(
+    bytes: usize,
+    param: &'static str,
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, ApiError> {
+    let result = if bytes <= SHORT_TEXT_BYTES {
+        work()
     } else {
-        let served = Arc::clone(served);
-        let task = tokio::task::spawn_blocking(move || served.encode(&text, add_special_tokens));
+        // (it is never closed)
+        let turn = LONG_TEXTS.acquire().await;
+        let task = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            work()
+        });
         task.await.unwrap_or_else(|e| Err(e.to_string()))
     };
     result.map_err(|message| ApiError::invalid(param, format!("{param} can't be tokenized: {message}")))
+}
+
+/// Token ids of a text.
+///
+/// # Errors
+/// As [`tokenizing`].
+pub async fn encode(served: &Arc<Served>, text: String, add_special_tokens: bool, param: &'static str) -> Result<Vec<u32>, ApiError> {
+    let served = Arc::clone(served);
+    tokenizing(text.len(), param, move || served.encode(&text, add_special_tokens)).await
 }
 
 /// One prompt, tokenized.
@@ -128,6 +150,11 @@ pub struct MaxTokens {
 }
 
 impl MaxTokens {
+    /// The longest prompt that leaves room for the answer.
+    pub fn longest_prompt(&self, limit: usize) -> usize {
+        limit.saturating_sub(self.asked.or(self.default).unwrap_or(1)).max(1)
+    }
+
     /// For a prompt of so many tokens.
     ///
     /// # Errors
@@ -200,9 +227,13 @@ impl Admission<'_> {
                 cache_salt: self.answer.cache_salt.clone(),
             };
             let stream = self.served.engine.submit(request).map_err(|error| self.refused(error))?;
-            self.app.metrics.admitted(prompt.tokens.len(), max_tokens, self.answer.n);
-            submitted.push(Submitted { stream, tokens: prompt.tokens, echo: prompt.echo, scored });
+            submitted.push((Submitted { stream, tokens: prompt.tokens, echo: prompt.echo, scored }, max_tokens));
         }
+        let admitted = |(prompt, max_tokens): (Submitted, usize)| {
+            self.app.metrics.admitted(prompt.tokens.len(), max_tokens, self.answer.n);
+            prompt
+        };
+        let submitted = submitted.into_iter().map(admitted).collect();
         Ok(Generation::new(Arc::clone(self.app), self.served, submitted, self.answer, self.arrived))
     }
 

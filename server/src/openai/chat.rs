@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::{Admission, Answerer, MaxTokens, Target, TokenizedPrompt, encode, served_model};
+use crate::openai::admission::{Admission, Answerer, Target, TokenizedPrompt, encode, served_model};
 use crate::openai::chat_output::{ASSISTANT, ChatOutput, ChatOutputOptions, message};
 use crate::openai::chat_request::{ChatRequest, Conversation};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
@@ -73,8 +73,8 @@ pub async fn start(app: &Arc<App>, request_id: &RequestId, body: &serde_json::Ma
     prompt.truncate(request.truncate);
     let prompts = vec![prompt];
     let Answerer { served, name: model, member } = target.settle(app, &prompts, "messages", arrived).await?;
-    let max_tokens = MaxTokens { asked: request.max_tokens, default: None, prompt_field: "messages" };
-    let admission = Admission { app, served, member, request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let (answer, params, max_tokens) = (&request.answer, &request.params, request.max_tokens);
+    let admission = Admission { app, served, member, request_id, arrived, answer, params, max_tokens };
     let generation = admission.submit(prompts)?;
     Ok(Chat { generation, request, output, model })
 }

@@ -1,5 +1,6 @@
 //! The body of `POST /v1/chat/completions`.
 
+use crate::openai::admission::MaxTokens;
 use crate::openai::errors::ApiError;
 use crate::openai::fields::{Fields, wrong_type};
 use crate::openai::sampling::{AnswerOptions, answer_options, refuse_unsupported, sampling_params, truncation};
@@ -20,8 +21,8 @@ pub struct ChatRequest {
     pub constraint: Option<Constraint>,
     /// The client wants to see what the model thinks.
     pub include_reasoning: bool,
-    /// Tokens to make, if the request says so.
-    pub max_tokens: Option<usize>,
+    /// Tokens to make.
+    pub max_tokens: MaxTokens,
     /// How to answer.
     pub answer: AnswerOptions,
     /// Alternatives a token in the answer's `logprobs`.
@@ -106,15 +107,16 @@ impl ChatRequest {
         // max_tokens is the older name of the two
         let older = fields.count("max_tokens", 1..=usize::MAX)?;
         let newer = fields.count("max_completion_tokens", 1..=usize::MAX)?;
+        let max_tokens = MaxTokens { asked: newer.or(older), default: None, prompt_field: "messages" };
         let request = Self {
             conversation: Conversation::parse(fields)?,
             params,
             constraint: Constraint::parse(fields)?,
             include_reasoning: fields.bool("include_reasoning")?.unwrap_or(true),
-            max_tokens: newer.or(older),
+            max_tokens,
             answer,
             logprobs,
-            truncate: truncation(fields, max_model_len)?,
+            truncate: truncation(fields, max_tokens.longest_prompt(max_model_len))?,
         };
         if request.conversation.tools.as_ref().is_some_and(Tools::is_forced) && request.constraint.as_ref().is_some_and(|c| c.param != "response_format") {
             return Err(ApiError::invalid("structured_outputs", "structured_outputs: excludes a tool_choice that asks for a call"));
@@ -216,9 +218,9 @@ mod tests {
     #[test]
     fn the_newer_name_of_max_tokens_wins() {
         let mut body = with("max_tokens", json!(5));
-        assert_eq!(parse(&body).unwrap().max_tokens, Some(5));
+        assert_eq!(parse(&body).unwrap().max_tokens.asked, Some(5));
         body["max_completion_tokens"] = json!(7);
-        assert_eq!(parse(&body).unwrap().max_tokens, Some(7));
+        assert_eq!(parse(&body).unwrap().max_tokens.asked, Some(7));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::metrics::{FinishedChoice, Metrics, SinceToken, finished_reason};
 use crate::openai::generation::{Finish, Token};
 use crate::openai::sampling::AnswerOptions;
 use crate::served::Served;
-use evop_serving::{Detokenizer, FinishReason, StopMatcher};
+use evop_serving::{Detokenizer, FinishReason, StopMatcher, Stopped};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,10 +14,13 @@ pub struct Choice {
     detokenizer: Detokenizer,
     stop: StopMatcher,
     stops: Vec<String>,
+    /// Tokens before which no stop string is looked for.
+    min_tokens: usize,
     completion_tokens: usize,
     /// How it went; nothing more comes of it.
     finished: Option<FinishedChoice>,
     arrived: Instant,
+    queued: Option<Duration>,
     first_token: Option<Duration>,
     last_token: Option<Instant>,
 }
@@ -40,9 +43,11 @@ impl Choice {
             detokenizer: Detokenizer::new(Arc::clone(&served.tokenizer), answer.skip_special_tokens),
             stop: StopMatcher::new(answer.stop.clone(), answer.include_stop),
             stops: answer.stop.clone(),
+            min_tokens: answer.min_tokens,
             completion_tokens: 0,
             finished: None,
             arrived,
+            queued: None,
             first_token: None,
             last_token: None,
         }
@@ -63,21 +68,26 @@ impl Choice {
         self.finished.as_ref()
     }
 
-    /// Takes a token. What arrives after a stop string is swallowed.
+    /// Its prompt has been read, after it waited so long for a place.
+    pub fn begun(&mut self, queued: Duration) {
+        self.queued = Some(queued);
+    }
+
+    /// Takes a token, made at this moment. What arrives after a stop string is swallowed.
     ///
     /// # Errors
     /// What the tokenizer says.
-    pub fn token(&mut self, token: Token, is_stop: bool, metrics: &Metrics, first_of_request: bool) -> Result<Progress, String> {
+    pub fn token(&mut self, token: Token, is_stop: bool, at: Instant, metrics: &Metrics, first_of_request: bool) -> Result<Progress, String> {
         if self.is_done() {
             return Ok(Progress::default());
         }
-        self.note_time(metrics, first_of_request);
+        self.note_time(at, metrics, first_of_request);
         self.completion_tokens += 1;
         let piece = if is_stop { String::new() } else { self.detokenizer.push(token.id).map_err(|e| e.to_string())? };
-        let stopped = self.stop.push(&piece);
+        let stopped = if self.completion_tokens > self.min_tokens { self.stop.push(&piece) } else { Stopped { text: piece, matched: None } };
         let finish = stopped.matched.and_then(|i| self.stops.get(i)).map(|stop| Finish::StopString(stop.clone()));
         if finish.is_some() {
-            self.finish("stop", None, metrics);
+            self.finish("stop", at, metrics);
         }
         Ok(Progress { text: stopped.text, tokens: vec![token], finish })
     }
@@ -86,7 +96,7 @@ impl Choice {
     ///
     /// # Errors
     /// What the tokenizer says.
-    pub fn ended(&mut self, reason: &FinishReason, queued: Duration, metrics: &Metrics) -> Result<Progress, String> {
+    pub fn ended(&mut self, reason: &FinishReason, at: Instant, metrics: &Metrics) -> Result<Progress, String> {
         if self.is_done() {
             return Ok(Progress::default());
         }
@@ -98,32 +108,32 @@ impl Choice {
             (None, FinishReason::StopToken(id)) => Finish::StopToken(*id),
             (None, _) => Finish::Stop,
         };
-        self.finish(finished_reason(reason), Some(queued), metrics);
+        self.finish(finished_reason(reason), at, metrics);
         Ok(Progress { text: stopped.text + &self.stop.finish(), tokens: Vec::new(), finish: Some(finish) })
     }
 
     /// It will not end by itself any more.
     pub fn failed(&mut self, reason: &'static str, metrics: &Metrics) {
         if !self.is_done() {
-            self.finish(reason, None, metrics);
+            self.finish(reason, Instant::now(), metrics);
         }
     }
 
-    fn finish(&mut self, reason: &'static str, queued: Option<Duration>, metrics: &Metrics) {
-        let (tokens, total, first_token) = (self.completion_tokens, self.arrived.elapsed(), self.first_token);
-        let finished = FinishedChoice { reason, tokens, total, first_token, queued };
+    fn finish(&mut self, reason: &'static str, at: Instant, metrics: &Metrics) {
+        let total = at.saturating_duration_since(self.arrived);
+        let finished = FinishedChoice { reason, tokens: self.completion_tokens, total, first_token: self.first_token, queued: self.queued };
         metrics.finished(&finished);
         self.finished = Some(finished);
     }
 
-    fn note_time(&mut self, metrics: &Metrics, first_of_request: bool) {
-        let now = Instant::now();
+    fn note_time(&mut self, at: Instant, metrics: &Metrics, first_of_request: bool) {
+        let since_arrival = at.saturating_duration_since(self.arrived);
         metrics.token(match self.last_token {
-            Some(last) => SinceToken::PreviousToken(now - last),
-            None if first_of_request => SinceToken::RequestArrived(now - self.arrived),
+            Some(last) => SinceToken::PreviousToken(at.saturating_duration_since(last)),
+            None if first_of_request => SinceToken::RequestArrived(since_arrival),
             None => SinceToken::Unknown,
         });
-        self.first_token.get_or_insert(now - self.arrived);
-        self.last_token = Some(now);
+        self.first_token.get_or_insert(since_arrival);
+        self.last_token = Some(at);
     }
 }

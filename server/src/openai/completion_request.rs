@@ -1,5 +1,6 @@
 //! The body of `POST /v1/completions`.
 
+use crate::openai::admission::{MaxTokens, TOKEN_BYTES};
 use crate::openai::errors::ApiError;
 use crate::openai::fields::Fields;
 use crate::openai::sampling::{AnswerOptions, answer_options, as_token_ids, refuse_unsupported, sampling_params, truncation};
@@ -8,6 +9,8 @@ use evop_model::GenerationConfig;
 use evop_serving::{MAX_LOGPROBS, SamplingParams};
 use serde_json::Value;
 
+/// OpenAI's default.
+const DEFAULT_MAX_TOKENS: usize = 16;
 /// Most prompts of one request.
 const MAX_PROMPTS: usize = 2048;
 
@@ -20,6 +23,16 @@ pub enum Prompt {
     Tokens(Vec<u32>),
 }
 
+impl Prompt {
+    /// Of the text, about.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Tokens(tokens) => tokens.len() * TOKEN_BYTES,
+        }
+    }
+}
+
 /// A parsed completions request.
 #[derive(Debug, Clone)]
 pub struct CompletionRequest {
@@ -29,8 +42,8 @@ pub struct CompletionRequest {
     pub params: SamplingParams,
     /// What the output must be like.
     pub constraint: Option<Constraint>,
-    /// Tokens to make, if the request says so.
-    pub max_tokens: Option<usize>,
+    /// Tokens to make.
+    pub max_tokens: MaxTokens,
     /// How to answer.
     pub answer: AnswerOptions,
     /// Alternatives a token in the answer's `logprobs`.
@@ -65,17 +78,18 @@ impl CompletionRequest {
         if echo && logprobs.is_some() {
             params.prompt_logprobs = params.prompt_logprobs.max(logprobs);
         }
+        let max_tokens = MaxTokens { asked: fields.count("max_tokens", 0..=usize::MAX)?, default: Some(DEFAULT_MAX_TOKENS), prompt_field: "prompt" };
         let request = Self {
             prompts: prompts(fields.required("prompt")?).map_err(|expected| fields.wrong("prompt", &expected, fields.get("prompt").unwrap_or(&Value::Null)))?,
             params,
             constraint: Constraint::parse(fields)?,
-            max_tokens: fields.count("max_tokens", 0..=usize::MAX)?,
+            max_tokens,
             answer,
             logprobs,
             asked_prompt_logprobs,
             echo,
             add_special_tokens: fields.bool("add_special_tokens")?.unwrap_or(true),
-            truncate: truncation(fields, max_model_len)?,
+            truncate: truncation(fields, max_tokens.longest_prompt(max_model_len))?,
         };
         fields.log_unknown();
         Ok(request)
@@ -125,6 +139,6 @@ mod tests {
     fn an_echo_with_logprobs_scores_the_prompt() {
         let body = json!({"prompt": "a", "echo": true, "logprobs": 3, "max_tokens": 0});
         let request = CompletionRequest::parse(&Fields::new(body.as_object().unwrap()), &GenerationConfig::default(), 100).unwrap();
-        assert_eq!((request.params.prompt_logprobs, request.params.logprobs, request.max_tokens), (Some(3), Some(3), Some(0)));
+        assert_eq!((request.params.prompt_logprobs, request.params.logprobs, request.max_tokens.asked), (Some(3), Some(3), Some(0)));
     }
 }

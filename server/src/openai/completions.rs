@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::{Admission, Answerer, MaxTokens, Target, TokenizedPrompt, encode, served_model};
+use crate::openai::admission::{Admission, Answerer, Target, TokenizedPrompt, served_model, tokenizing};
 use crate::openai::collect::{Collected, CollectedPrompt, collect};
 use crate::openai::completion_request::{CompletionRequest, Prompt};
 use crate::openai::errors::{ApiError, Problems};
@@ -22,9 +22,6 @@ use evop_serving::Thinking;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// OpenAI's default.
-const DEFAULT_MAX_TOKENS: usize = 16;
-
 /// Continues prompts.
 #[utoipa::path(
     post,
@@ -40,13 +37,10 @@ pub async fn create(State(app): State<Arc<App>>, request_id: RequestId, JsonBody
     if let Some(constraint) = &request.constraint {
         request.params.grammar = Some(constraint.compile(&target.served, Thinking::Never).await?);
     }
-    let mut prompts = Vec::with_capacity(request.prompts.len());
-    for prompt in &request.prompts {
-        prompts.push(tokenize(&target.served, &request, prompt).await?);
-    }
+    let prompts = tokenize(&target.served, &request).await?;
     let Answerer { served, name: model, member } = target.settle(&app, &prompts, "prompt", arrived).await?;
-    let max_tokens = MaxTokens { asked: request.max_tokens, default: Some(DEFAULT_MAX_TOKENS), prompt_field: "prompt" };
-    let admission = Admission { app: &app, served, member, request_id: &request_id, arrived, answer: &request.answer, params: &request.params, max_tokens };
+    let (answer, params, max_tokens) = (&request.answer, &request.params, request.max_tokens);
+    let admission = Admission { app: &app, served, member, request_id: &request_id, arrived, answer, params, max_tokens };
     let count = prompts.len();
     let mut generation = admission.submit(prompts)?;
     let head = Head::new("cmpl", "text_completion", model, generation.served());
@@ -66,22 +60,28 @@ fn parse(app: &App, body: &serde_json::Map<String, serde_json::Value>) -> Result
     Ok((target, request))
 }
 
-async fn tokenize(served: &Arc<Served>, request: &CompletionRequest, prompt: &Prompt) -> Result<TokenizedPrompt, ApiError> {
-    let tokens = match prompt {
-        Prompt::Text(text) => encode(served, text.clone(), request.add_special_tokens, "prompt").await?,
-        Prompt::Tokens(tokens) => tokens.clone(),
-    };
-    let mut tokenized = TokenizedPrompt { tokens, echo: None };
-    let before = tokenized.tokens.len();
-    tokenized.truncate(request.truncate);
-    if request.echo {
-        let text = match prompt {
-            Prompt::Text(text) if tokenized.tokens.len() == before => text.clone(),
-            _ => served.decode(&tokenized.tokens, request.answer.skip_special_tokens).map_err(|e| ApiError::invalid("prompt", format!("prompt: {e}")))?,
+async fn tokenize(served: &Arc<Served>, request: &CompletionRequest) -> Result<Vec<TokenizedPrompt>, ApiError> {
+    let CompletionRequest { add_special_tokens, truncate, echo, .. } = *request;
+    let (served, prompts, skip_special_tokens) = (Arc::clone(served), request.prompts.clone(), request.answer.skip_special_tokens);
+    let one = move |prompt: Prompt| {
+        let tokens = match &prompt {
+            Prompt::Text(text) => served.encode(text, add_special_tokens)?,
+            Prompt::Tokens(tokens) => tokens.clone(),
         };
-        tokenized.echo = Some(text);
-    }
-    Ok(tokenized)
+        let mut tokenized = TokenizedPrompt { tokens, echo: None };
+        let before = tokenized.tokens.len();
+        tokenized.truncate(truncate);
+        if echo {
+            let text = match prompt {
+                Prompt::Text(text) if tokenized.tokens.len() == before => text,
+                _ => served.decode(&tokenized.tokens, skip_special_tokens)?,
+            };
+            tokenized.echo = Some(text);
+        }
+        Ok(tokenized)
+    };
+    let bytes = prompts.iter().map(Prompt::bytes).sum();
+    tokenizing(bytes, "prompt", move || prompts.into_iter().map(one).collect()).await
 }
 
 /// The whole answer at once.

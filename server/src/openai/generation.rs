@@ -261,10 +261,12 @@ impl Generation {
     /// Turns an output into events.
     fn take(&mut self, index: usize, output: StepOutput) {
         let part = &mut self.parts[index];
+        let (choice, at) = (output.index, output.at);
         match (output.kind, &mut part.waiting) {
-            // (the other choices find what the first one has just computed)
-            (OutputKind::PromptRead { cached_tokens }, _) => {
-                if output.index == 0 {
+            (OutputKind::PromptRead { cached_tokens, queued }, _) => {
+                part.choices[choice].begun(queued);
+                // (the other choices find what the first one has just computed)
+                if choice == 0 {
                     part.cached_tokens = cached_tokens;
                 }
             }
@@ -274,17 +276,17 @@ impl Generation {
                 self.ready.push_back(Event::PromptLogprobs { prompt: index, logprobs });
                 held.into_iter().for_each(|output| self.take(index, output));
             }
-            (kind @ OutputKind::Finished { .. }, Some(_)) if output.index == 0 => {
+            (kind @ OutputKind::Finished { .. }, Some(_)) if choice == 0 => {
                 // the choice that was to bring them has ended without
                 let held = part.waiting.take().unwrap_or_default();
-                held.into_iter().chain([StepOutput { index: 0, kind }]).for_each(|output| self.take(index, output));
+                held.into_iter().chain([StepOutput { index: choice, kind, at }]).for_each(|output| self.take(index, output));
             }
-            (kind, Some(held)) => held.push(StepOutput { index: output.index, kind }),
-            (kind, None) => self.advance(index, output.index, kind),
+            (kind, Some(held)) => held.push(StepOutput { index: choice, kind, at }),
+            (kind, None) => self.advance(index, StepOutput { index: choice, kind, at }),
         }
     }
 
-    fn advance(&mut self, index: usize, choice_index: usize, kind: OutputKind) {
+    fn advance(&mut self, index: usize, StepOutput { index: choice_index, kind, at }: StepOutput) {
         let metrics = &self.app.metrics;
         let part = &mut self.parts[index];
         let choice = &mut part.choices[choice_index];
@@ -293,9 +295,9 @@ impl Generation {
             OutputKind::Token { id, logprobs, is_stop } => {
                 let first_of_request = choice_index == 0;
                 if let Some(wait) = self.wait.take() {
-                    wait.came();
+                    wait.came(at);
                 }
-                choice.token(Token { id, logprobs }, is_stop, metrics, first_of_request)
+                choice.token(Token { id, logprobs }, is_stop, at, metrics, first_of_request)
             }
             OutputKind::Finished { reason: FinishReason::Error(message), .. } => {
                 choice.failed("error", metrics);
@@ -306,7 +308,7 @@ impl Generation {
                 self.ready.push_back(Event::Failed(ApiError::unavailable("the server is shutting down")));
                 return;
             }
-            OutputKind::Finished { reason, queued, .. } => choice.ended(&reason, queued, metrics),
+            OutputKind::Finished { reason, .. } => choice.ended(&reason, at, metrics),
             OutputKind::PromptRead { .. } | OutputKind::PromptLogprobs(_) => return,
         };
         match progress {

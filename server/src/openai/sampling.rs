@@ -35,6 +35,8 @@ pub struct AnswerOptions {
     pub stop: Vec<String>,
     /// Leave the stop string in the text.
     pub include_stop: bool,
+    /// Tokens before which no stop string ends a choice.
+    pub min_tokens: usize,
     /// Leave special tokens out of the text.
     pub skip_special_tokens: bool,
     /// vLLM's `return_token_ids`: ids of prompt and answer beside the text.
@@ -151,6 +153,7 @@ pub fn answer_options(fields: &Fields<'_>) -> Result<AnswerOptions, ApiError> {
         n,
         best_of,
         stop: fields.strings("stop", MAX_STOPS)?,
+        min_tokens: fields.count("min_tokens", 0..=usize::MAX)?.unwrap_or(0),
         include_stop: fields.bool("include_stop_str_in_output")?.unwrap_or(false),
         skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
         return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
@@ -172,11 +175,11 @@ fn cache_salt(fields: &Fields<'_>) -> Result<Option<String>, ApiError> {
 /// `truncate_prompt_tokens`: how many tokens of a prompt's end to keep.
 ///
 /// # Errors
-/// 400 for anything but -1 (as many as the context has) and positive numbers.
-pub fn truncation(fields: &Fields<'_>, max_model_len: usize) -> Result<Option<usize>, ApiError> {
+/// 400 for anything but -1 (`fitting`: as many as leave room for the answer) and positive numbers.
+pub fn truncation(fields: &Fields<'_>, fitting: usize) -> Result<Option<usize>, ApiError> {
     match fields.integer("truncate_prompt_tokens", -1..=i64::MAX)? {
         None => Ok(None),
-        Some(-1) => Ok(Some(max_model_len)),
+        Some(-1) => Ok(Some(fitting)),
         Some(0) => Err(ApiError::invalid("truncate_prompt_tokens", "truncate_prompt_tokens: expected -1 or a number of at least 1, found 0")),
         Some(tokens) => Ok(Some(usize::try_from(tokens).unwrap_or(usize::MAX))),
     }

@@ -2,7 +2,7 @@
 
 use crate::app::App;
 use crate::openai::JsonBody;
-use crate::openai::admission::served_model;
+use crate::openai::admission::{TOKEN_BYTES, encode, served_model, tokenizing};
 use crate::openai::chat;
 use crate::openai::chat_request::Conversation;
 use crate::openai::errors::{ApiError, Problems};
@@ -100,14 +100,13 @@ pub enum Input {
 )]
 pub async fn tokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -> Result<Json<Tokenized>, ApiError> {
     let (served, input) = parse(&app, &body)?;
-    let encoded = |text: &str, add_special_tokens: bool, param: &'static str| {
-        let ids = if text.is_empty() && !add_special_tokens { Ok(Vec::new()) } else { served.encode(text, add_special_tokens) };
-        ids.map_err(|e| ApiError::invalid(param, format!("{param}: {e}")))
+    let encoded = async |text: String, add_special_tokens: bool, param: &'static str| {
+        if text.is_empty() && !add_special_tokens { Ok(Vec::new()) } else { encode(&served, text, add_special_tokens, param).await }
     };
     Ok(Json(match input {
-        Input::Prompt { text, add_special_tokens, return_strings } => vllm_form(&served, encoded(&text, add_special_tokens, "prompt")?, return_strings),
+        Input::Prompt { text, add_special_tokens, return_strings } => vllm_form(&served, encoded(text, add_special_tokens, "prompt").await?, return_strings),
         Input::Conversation { conversation, return_strings } => vllm_form(&served, chat::tokenize(&served, &conversation).await?, return_strings),
-        Input::Content { text, add_special, with_pieces } => llama_form(&served, encoded(&text, add_special, "content")?, with_pieces),
+        Input::Content { text, add_special, with_pieces } => llama_form(&served, encoded(text, add_special, "content").await?, with_pieces),
     }))
 }
 
@@ -177,6 +176,6 @@ pub async fn detokenize(State(app): State<Arc<App>>, JsonBody(body): JsonBody) -
     if let Some(id) = ids.iter().find(|id| **id as usize >= served.config.vocab_size) {
         return Err(ApiError::invalid("tokens", format!("tokens: token id {id} is beyond the vocabulary of {}", served.config.vocab_size)));
     }
-    let text = served.decode(&ids, false).map_err(|e| ApiError::invalid("tokens", format!("tokens: {e}")))?;
+    let text = tokenizing(ids.len() * TOKEN_BYTES, "tokens", move || served.decode(&ids, false)).await?;
     Ok(Json(Detokenized { prompt: text.clone(), content: text }))
 }

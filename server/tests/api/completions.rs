@@ -295,6 +295,41 @@ fn a_prompt_is_truncated_on_request_only() {
     assert_eq!(refused.json()["error"]["param"], "prompt");
     let cut = server.complete(&json!({"prompt": long, "max_tokens": 4, "truncate_prompt_tokens": 10})).ok();
     assert_eq!(cut["usage"]["prompt_tokens"], 10);
+    // as many as leave room for the answer
+    let fits = server.complete(&json!({"prompt": long, "max_tokens": 4, "truncate_prompt_tokens": -1, "ignore_eos": true})).ok();
+    assert_eq!((&fits["usage"]["prompt_tokens"], &fits["usage"]["completion_tokens"]), (&json!(1020), &json!(4)));
+    let chat = json!({"messages": [{"role": "user", "content": long}], "max_tokens": 6, "truncate_prompt_tokens": -1});
+    assert_eq!(server.post("/v1/chat/completions", &chat).ok()["usage"]["prompt_tokens"], 1018);
+}
+
+#[test]
+fn no_stop_string_is_looked_for_before_min_tokens() {
+    let server = Server::start(&[]);
+    let full = server.greedy("Once upon a time", 30);
+    let ask = |min_tokens: usize| {
+        // (a letter of the text's beginning, which comes again)
+        let body = json!({"prompt": "Once upon a time", "max_tokens": 30, "temperature": 0, "stop": " ", "min_tokens": min_tokens});
+        let answer = server.complete(&body).ok();
+        assert_eq!((&answer["choices"][0]["finish_reason"], &answer["choices"][0]["stop_reason"]), (&json!("stop"), &json!(" ")));
+        let text = answer["choices"][0]["text"].as_str().unwrap().to_string();
+        assert!(full.starts_with(&text));
+        (answer["usage"]["completion_tokens"].as_u64().unwrap(), text)
+    };
+    let (early, late) = (ask(0), ask(12));
+    assert!(early.0 < 12 && !early.1.contains(' '), "{early:?}");
+    assert!(late.0 > 12 && late.1.contains(' '), "{late:?}");
+}
+
+#[test]
+fn choices_beside_the_one_that_scores_the_prompt_do_not_read_it_again() {
+    let server = Server::start(&[]);
+    let prompt = "The captain looked at the map for a long time and then told them that they would sail north at dawn. ".repeat(5);
+    let body = json!({"prompt": prompt, "max_tokens": 1, "n": 4, "echo": true, "logprobs": 0, "ignore_eos": true});
+    let length = server.complete(&body).ok()["usage"]["prompt_tokens"].as_f64().unwrap();
+    // the first choice looks for nothing; the three others find all whole blocks
+    assert_eq!(server.metric("vllm:prefix_cache_queries_total"), 3.0 * length);
+    assert!(server.metric("vllm:prefix_cache_hits_total") >= 3.0 * (length - 33.0));
+    assert!(server.metric("vllm:iteration_tokens_total_sum") < 2.0 * length);
 }
 
 #[test]

@@ -80,14 +80,18 @@ fn forms_that_keep_parts_of_sub_blocks_answer_as_their_runs_checkpoints_do() {
 fn a_form_that_drafts_leaves_the_answer_as_it_is() {
     let files = tempfile::tempdir().unwrap();
     let thin = format!("draft={}", pattern(files.path(), "a.json", &[5], &[3]).display());
-    let server = Server::start(&["--pattern", &thin, "--speculate", "draft", "--speculate-tokens", "3"]);
+    let options = ["--pattern", &thin, "--speculate", "draft", "--speculate-tokens", "3"];
+    let [sometimes, always] = [Server::start(&options), Server::start(&[&options[..], &["--speculate-always"]].concat())];
     let plain = Server::start(&[]);
     for prompt in ["It was a dark night, and", "Once upon a time", "The captain"] {
-        assert_eq!(server.greedy(prompt, 60), plain.greedy(prompt, 60));
+        let expected = plain.greedy(prompt, 60);
+        assert_eq!(sometimes.greedy(prompt, 60), expected);
+        assert_eq!(always.greedy(prompt, 60), expected);
     }
-    let drafted = server.metric("vllm:spec_decode_num_draft_tokens_total");
-    let right = server.metric("vllm:spec_decode_num_accepted_tokens_total");
-    assert!(drafted > right && right > 0.0 && server.metric("vllm:spec_decode_num_drafts_total") > 0.0, "{drafted} drafted, {right} right");
+    let count = |server: &Server, of: &str| server.metric(&format!("vllm:spec_decode_num_{of}_total"));
+    let (drafted, right) = (count(&always, "draft_tokens"), count(&always, "accepted_tokens"));
+    assert!(drafted > right && right > 0.0 && count(&always, "drafts") > 0.0, "{drafted} drafted, {right} right");
+    assert!((1.0..drafted).contains(&count(&sometimes, "draft_tokens")), "they are tried");
 }
 
 #[test]

@@ -65,24 +65,33 @@ fn the_exposition_parses_and_counts() {
     let server = Server::start(&["--served-model-name", "served"]);
     server.complete(&json!({"prompt": "Once upon a time", "max_tokens": 5, "temperature": 0, "ignore_eos": true})).ok();
     server.stream("/v1/completions", &json!({"prompt": "Once upon a time", "max_tokens": 7, "temperature": 0, "ignore_eos": true}));
+    // one that ends at a stop string: the engine doesn't know of it
+    server.complete(&json!({"prompt": "Once upon a time", "max_tokens": 9, "temperature": 0, "stop": [" "]})).ok();
     assert_eq!(server.complete(&json!({"prompt": 5})).status, 400);
     let answer = server.get("/metrics");
     assert!(answer.header("content-type").unwrap().starts_with("text/plain"));
     let samples = samples(&answer.body);
     let labels = "engine=\"0\",model_name=\"served\"";
     let value = |name: &str| samples.get(name).copied().unwrap_or_else(|| panic!("no {name} in {}", answer.body));
-    assert_eq!(value(&format!("vllm:generation_tokens_total{{{labels}}}")), 12.0);
+    let stopped = value(&format!("vllm:generation_tokens_total{{{labels}}}")) - 12.0;
+    assert!((1.0..9.0).contains(&stopped), "{stopped}");
+    assert_eq!(value("vllm:request_success_total{engine=\"0\",finished_reason=\"stop\",model_name=\"served\"}"), 1.0);
     assert_eq!(value("vllm:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"served\"}"), 2.0);
     assert_eq!(value("vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",model_name=\"served\"}"), 0.0);
-    assert_eq!(value(&format!("vllm:time_to_first_token_seconds_count{{{labels}}}")), 2.0);
-    assert_eq!(value(&format!("vllm:inter_token_latency_seconds_count{{{labels}}}")), 10.0);
-    assert_eq!(value(&format!("vllm:e2e_request_latency_seconds_count{{{labels}}}")), 2.0);
-    assert_eq!(value(&format!("vllm:request_queue_time_seconds_count{{{labels}}}")), 2.0);
-    assert_eq!(value(&format!("vllm:e2e_request_latency_seconds_bucket{{{labels},le=\"7680\"}}")), 2.0);
+    assert_eq!(value(&format!("vllm:time_to_first_token_seconds_count{{{labels}}}")), 3.0);
+    assert_eq!(value(&format!("vllm:inter_token_latency_seconds_count{{{labels}}}")), 10.0 + stopped - 1.0);
+    for times in ["e2e_request_latency", "request_queue_time", "request_inference_time", "request_prefill_time", "request_decode_time"] {
+        assert_eq!(value(&format!("vllm:{times}_seconds_count{{{labels}}}")), 3.0, "{times}");
+    }
+    // a step a token at least; each prompt and all tokens but the last of an answer were in one
+    assert!(value(&format!("vllm:iteration_tokens_total_count{{{labels}}}")) >= 12.0 + stopped);
+    let computed = value(&format!("vllm:prompt_tokens_total{{{labels}}}")) + 12.0 + stopped - 3.0;
+    assert!((computed..computed + 3.0).contains(&value(&format!("vllm:iteration_tokens_total_sum{{{labels}}}"))));
+    assert_eq!(value(&format!("vllm:e2e_request_latency_seconds_bucket{{{labels},le=\"7680\"}}")), 3.0);
     assert_eq!(value(&format!("vllm:num_requests_running{{{labels}}}")), 0.0);
     assert_eq!(value(&format!("vllm:num_requests_waiting{{{labels}}}")), 0.0);
     assert_eq!(value(&format!("vllm:kv_cache_usage_perc{{{labels}}}")), 0.0);
-    assert_eq!(value("evop_http_requests_total{path=\"/v1/completions\",status=\"200\"}"), 2.0);
+    assert_eq!(value("evop_http_requests_total{path=\"/v1/completions\",status=\"200\"}"), 3.0);
     assert_eq!(value("evop_http_requests_total{path=\"/v1/completions\",status=\"400\"}"), 1.0);
     assert_eq!(value("evop_kv_blocks_used"), 0.0);
     assert_eq!(value(&format!("vllm:num_preemptions_total{{{labels}}}")), 0.0);

@@ -53,7 +53,7 @@ pub struct Choice {
 
 pub fn collect(mut stream: RequestStream, n: usize) -> Vec<Choice> {
     let mut choices = vec![Choice::default(); n];
-    while let Some(StepOutput { index, kind }) = stream.blocking_next() {
+    while let Some(StepOutput { index, kind, .. }) = stream.blocking_next() {
         let choice = &mut choices[index];
         assert!(choice.end.is_none(), "output after the end");
         match kind {
@@ -67,7 +67,7 @@ pub fn collect(mut stream: RequestStream, n: usize) -> Vec<Choice> {
                 choice.logprobs.extend(logprobs);
                 choice.ended_by_stop = is_stop;
             }
-            OutputKind::Finished { reason, usage, .. } => {
+            OutputKind::Finished { reason, usage } => {
                 assert_eq!(usage.completion_tokens, choice.tokens.len());
                 choice.end = Some((reason, usage));
             }
@@ -140,7 +140,7 @@ fn a_pruned_decoder_makes_the_tokens_of_its_plain_forward_pass() {
     let engine = Engine::start(pruned.clone(), vec![0], EngineConfig { max_batch_tokens: 32, ..EngineConfig::for_decoder(&pruned) }).unwrap();
     let mut tokens = prompt("Once upon a time");
     let mut stream = engine.submit(request(tokens.clone(), greedy(12))).unwrap();
-    assert_eq!(stream.blocking_next().unwrap().kind, OutputKind::PromptRead { cached_tokens: 0 });
+    assert!(matches!(stream.blocking_next().unwrap().kind, OutputKind::PromptRead { cached_tokens: 0, .. }));
     while let Some(OutputKind::Token { id, .. }) = stream.blocking_next().map(|o| o.kind) {
         let hidden = pruned.forward(&tokens, &pruned.batch(&[Span::prompt(tokens.len())]).unwrap(), &mut NoCache).unwrap();
         let logits = pruned.logits(&hidden.narrow(0, tokens.len() - 1, 1).unwrap()).unwrap();

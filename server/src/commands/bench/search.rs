@@ -1,16 +1,13 @@
 //! `evop bench search`: what evaluating patterns is made of, beside what the machine multiplies.
 
+use super::matmul::Matmul;
 use super::{MeasuredArgs, attention_flops, spread, token};
 use anyhow::{Result, bail};
 use clap::Args;
-use evop_model::{Config, Decoder, Held, Linear, NoCache, Span, Tensor};
+use evop_model::{Config, Decoder, NoCache, Span, Tensor};
 use serde::Serialize;
 use std::hint::black_box;
 use std::time::Instant;
-
-/// The product that the machine's rate is measured with: 1,024 rows by a square matrix.
-const ROWS: usize = 1_024;
-const SIDE: usize = 2_048;
 
 /// Options of `evop bench search`.
 #[derive(Debug, Clone, Args)]
@@ -63,13 +60,7 @@ pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
     let batch = decoder.batch(&vec![Span::prompt(length); sequences])?;
     let ids: Vec<u32> = tokens.iter().cycle().skip(1).take(tokens.len()).copied().collect();
     let embedded = decoder.embed(&tokens, &batch)?;
-    let x = Tensor::randn(0f32, 1.0, (ROWS, SIDE), decoder.device())?.to_dtype(decoder.dtype())?;
-    let held = (0..decoder.last_boundary()).find_map(|s| decoder.sub_block(s)).map_or(Held::Plain(decoder.dtype()), |block| block.output().held());
-    let layer = Linear::new(Tensor::randn(0f32, 1.0, (SIDE, SIDE), decoder.device())?, None)?.held_in(held)?;
-    let product = || -> Result<()> {
-        black_box(layer.forward(&x)?);
-        Ok(())
-    };
+    let product = Matmul::new(&decoder)?;
     let blocks = || -> Result<Tensor> { Ok(decoder.forward_range(embedded.clone(), 0..decoder.last_boundary(), &batch, &mut NoCache)?) };
     let hidden = blocks()?;
     let head = || -> Result<()> {
@@ -77,10 +68,9 @@ pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
         Ok(())
     };
     let (mut matmul, mut passes, mut heads) = (Vec::new(), Vec::new(), Vec::new());
-    product()?;
     head()?;
     for _ in 0..args.repeats {
-        matmul.push((2 * ROWS * SIDE * SIDE) as f64 / 1e9 / seconds(&decoder, &product)?);
+        matmul.push(product.gflops()?);
         passes.push(1.0 / seconds(&decoder, &|| blocks().map(drop))?);
         heads.push((2 * config.vocab_size * config.hidden_size * tokens.len()) as f64 / 1e9 / seconds(&decoder, &head)?);
     }
@@ -112,7 +102,8 @@ pub fn run(args: &SearchArgs, threads: usize) -> Result<()> {
     Ok(())
 }
 
-fn seconds(decoder: &Decoder, work: &dyn Fn() -> Result<()>) -> Result<f64> {
+/// Seconds that some work on the decoder's device takes.
+pub fn seconds(decoder: &Decoder, work: &dyn Fn() -> Result<()>) -> Result<f64> {
     decoder.device().synchronize()?;
     let started = Instant::now();
     work()?;
