@@ -66,15 +66,16 @@ def main():
     options = [o for o in serve if o != "--"] + (["--model", args.model] if args.model else [])
     patterns = [option for form in args.forms for option in ("--pattern", form)]
     prompts = [line.strip() for line in open(args.prompts, encoding="utf-8") if line.strip()]
+    numbered = lambda i: f"{i}. {prompts[i % len(prompts)]}"  # (no two begin alike: nothing is found in the cache)
     asked = iter(range(1 << 30))
-    prompt = lambda: f"{next(asked)}. {prompts[next(asked) % len(prompts)]}"  # (no two begin alike: nothing is found in the cache)
+    prompt = lambda: numbered(next(asked))
     resident = {"with the forms": [], "without": []}
     for _ in range(args.rounds):
         for which, more in [("with the forms", patterns), ("without", [])]:
             server = Server(args.evop, [*options, *more])
             names = [server.model] + ([f"{server.model}@{form.split('=', 1)[0]}" for form in args.forms] if more else [])
             for i in range(12):
-                server.ask(names[i % len(names)], prompts[i % len(prompts)])
+                server.ask(names[i % len(names)], numbered(i))
             resident[which].append(server.resident())
             server.stop()
     print("| | |\n| --- | --- |")

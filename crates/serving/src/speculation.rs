@@ -2,8 +2,9 @@
 //! arXiv 2211.17192): what comes out is what it would have made alone, so the only question is what is fastest.
 //!
 //! That depends on the machine, the batch and the text, so it is measured: how often a guess is right lately, whatever the number of guesses was; and
-//! what a step takes with each number of guesses, for each size of batch. Together they say how many tokens a second each number would bring (equation 1
-//! there). The best is used; now and then a neighbour of it is tried, so that a change is noticed.
+//! how much longer a step takes with each number of guesses than without, for each size of batch. Steps are compared with those just before them, since
+//! all of them get longer with the sequences. Together that says how many tokens a second each number would bring (equation 1 there). The best is used;
+//! now and then a neighbour of it is tried, so that a change is noticed.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -14,12 +15,14 @@ const BURST: u32 = 8;
 const TRIAL: u32 = 4;
 /// One burst in so many tries something else than the best: every other time to do without.
 const TRY_EVERY: u64 = 16;
-/// Latest times of which the median counts.
+/// Latest comparisons of which the median counts.
 const LATEST: usize = 8;
 /// Guesses after which one is as good as forgotten.
 const REMEMBERED: f64 = 256.0;
-/// Drafting has to be so much faster than going without, or it isn't worth the noise of measuring.
+/// Drafting has to be so much faster than going without, or it isn't worth the noise of measuring; …
 const WORTH: f64 = 1.05;
+/// … and by so much more over the number of comparisons, while they are few.
+const DOUBT: f64 = 0.1;
 
 /// Who drafts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,34 +51,47 @@ pub(crate) struct Drafting {
 #[derive(Debug)]
 struct OfBatch {
     /// Of every number of drafts.
-    times: Vec<StepTime>,
+    costs: Vec<Cost>,
     /// The number that is kept for so many steps more.
     burst: (usize, u32),
     /// The last step was of another kind.
     changed: bool,
+    /// Seconds of the burst's steps.
+    times: Vec<f64>,
+    /// Drafts and seconds of a step of the burst before.
+    before: Option<(usize, f64)>,
     bursts: u64,
 }
 
-/// The latest times of a step, in seconds.
+/// How many times as long as without drafts a step took, the latest comparisons.
 #[derive(Debug, Clone, Copy, Default)]
-struct StepTime {
+struct Cost {
     latest: [f64; LATEST],
     seen: u32,
 }
 
-impl StepTime {
-    fn add(&mut self, seconds: f64) {
-        self.latest[self.seen as usize % LATEST] = seconds;
+impl Cost {
+    fn add(&mut self, ratio: f64) {
+        self.latest[self.seen as usize % LATEST] = ratio;
         self.seen = self.seen.wrapping_add(1).max(1);
+    }
+
+    /// Comparisons that it is the median of.
+    fn count(&self) -> usize {
+        LATEST.min(self.seen as usize)
     }
 
     /// `None` before the first one.
     fn median(&self) -> Option<f64> {
-        let mut known = self.latest;
-        let known = &mut known[..LATEST.min(self.seen as usize)];
-        known.sort_by(f64::total_cmp);
-        known.get(known.len().saturating_sub(1) / 2).copied()
+        median(&self.latest[..self.count()])
     }
+}
+
+/// The lower one of two.
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len().saturating_sub(1) / 2).copied()
 }
 
 /// What came of the drafts of one step.
@@ -99,9 +115,9 @@ impl Drafting {
             return self.most;
         }
         let agreement = self.right / self.judged;
-        let fresh = || OfBatch { times: vec![StepTime::default(); self.most + 1], burst: (0, 0), changed: true, bursts: 0 };
-        let of = self.batches.entry(sequences.next_power_of_two()).or_insert_with(fresh);
+        let of = self.batches.entry(sequences.next_power_of_two()).or_insert_with(|| OfBatch::new(self.most));
         if of.burst.1 == 0 {
+            of.compare();
             let next = of.next(agreement);
             of.changed = next.0 != of.burst.0 || of.bursts == 0;
             of.burst = next;
@@ -116,24 +132,45 @@ impl Drafting {
         self.right = self.right * fade + judged.right as f64;
         self.judged = self.judged * fade + judged.looked_at as f64;
         let Some(of) = self.batches.get_mut(&sequences.next_power_of_two()) else { return };
-        if !std::mem::take(&mut of.changed)
-            && let Some(time) = of.times.get_mut(drafts)
-        {
-            time.add(elapsed.as_secs_f64().max(1e-9));
+        if !std::mem::take(&mut of.changed) && drafts == of.burst.0 {
+            of.times.push(elapsed.as_secs_f64().max(1e-9));
         }
     }
 }
 
 impl OfBatch {
+    fn new(most: usize) -> Self {
+        let mut costs = vec![Cost::default(); most + 1];
+        costs[0].add(1.0);
+        Self { costs, burst: (0, 0), changed: true, times: Vec::new(), before: None, bursts: 0 }
+    }
+
+    /// The burst is over: lays it beside the one before.
+    fn compare(&mut self) {
+        let Some(time) = median(&std::mem::take(&mut self.times)) else { return };
+        let drafts = self.burst.0;
+        match self.before.replace((drafts, time)) {
+            Some((before, then)) if drafts == 0 && before > 0 => self.costs[before].add(then / time),
+            Some((before, then)) if drafts != before => {
+                let cost = cost(&self.costs, before) * time / then;
+                self.costs[drafts].add(cost);
+            }
+            _ => {}
+        }
+    }
+
     /// The next number of drafts, and the steps that it is kept for.
     fn next(&mut self, agreement: f64) -> (usize, u32) {
-        let most = self.times.len() - 1;
-        if let Some(untried) = [0, 1].into_iter().find(|k| self.times[*k].seen == 0) {
-            return (untried, if untried == 0 { BURST } else { TRIAL });
+        let most = self.costs.len() - 1;
+        if self.before.is_none() {
+            return (0, BURST);
+        }
+        if self.costs[1].seen == 0 {
+            return (1, TRIAL);
         }
         let best = self.best(agreement);
-        // many at once are dear to try, and tried only where the times so far promise something
-        if best > 1 && self.times[most].seen == 0 {
+        // many at once are dear to try, and tried only where the costs so far promise something
+        if best > 1 && self.costs[most].seen == 0 {
             return (most, TRIAL);
         }
         self.bursts += 1;
@@ -151,11 +188,12 @@ impl OfBatch {
     /// The number of drafts that brings most tokens a second, if that is worth it.
     fn best(&self, agreement: f64) -> usize {
         let (mut expected, mut guessed) = (1.0, 1.0);
-        let mut best = (0, WORTH / seconds(&self.times, 0));
-        for k in 1..self.times.len() {
+        let mut best = (0, 1.0);
+        for k in 1..self.costs.len() {
             guessed *= agreement;
             expected += guessed;
-            let rate = expected / seconds(&self.times, k);
+            let worth = WORTH + DOUBT / self.costs[k].count().max(1) as f64;
+            let rate = expected / cost(&self.costs, k) / worth;
             if rate > best.1 {
                 best = (k, rate);
             }
@@ -164,16 +202,16 @@ impl OfBatch {
     }
 }
 
-/// Seconds of a step with `k` drafts; of a number that wasn't tried yet, on the line through its neighbours that were, or beyond all of them through the
+/// What a step with `k` drafts costs; of a number that wasn't tried yet, on the line through its neighbours that were, or beyond all of them through the
 /// last two.
-fn seconds(times: &[StepTime], k: usize) -> f64 {
-    let at = |k: usize| times[k].median().map(|seconds| (k, seconds));
+fn cost(costs: &[Cost], k: usize) -> f64 {
+    let at = |k: usize| costs[k].median().map(|ratio| (k, ratio));
     let mut below = (0..=k).rev().filter_map(at);
     let Some((first, least)) = below.next() else { return f64::INFINITY };
     if first == k {
         return least;
     }
-    if let Some((above, most)) = (k..times.len()).find_map(at) {
+    if let Some((above, most)) = (k..costs.len()).find_map(at) {
         return least + (k - first) as f64 / (above - first) as f64 * (most - least);
     }
     below.next().map_or(f64::INFINITY, |(second, fewer)| least + (k - first) as f64 / (first - second) as f64 * (least - fewer).max(0.0))
@@ -228,23 +266,39 @@ mod tests {
             drafting.observe(1, drafts, Judged { right: drafts, looked_at: drafts }, Duration::from_millis(slow));
             before = drafts;
         }
-        assert_eq!(seconds(&drafting.batches[&1].times, 3), 0.01);
+        assert_eq!(drafting.batches[&1].costs[1].median(), Some(1.0));
         assert_eq!(drafting.choose(1), 3);
         assert_eq!(drafting.choose(5), 0);
     }
 
     #[test]
+    fn that_steps_get_longer_with_the_sequences_is_nothing_that_drafts_cost() {
+        // twice as long at the end of an answer of 100 tokens as at its beginning; the next one begins anew
+        let mut drafting = Drafting::new(Speculation { member: 1, most: 1, always: false });
+        let mut drafted = 0;
+        for step in 0..4_000 {
+            let drafts = drafting.choose(1);
+            // 0.6 of the guesses are right: 1.6 tokens for 1.7 steps
+            let right = usize::from(drafts == 1 && step % 5 < 3);
+            let elapsed = (1.0 + 0.01 * f64::from(step % 100)) * if drafts == 1 { 1.7 } else { 1.0 };
+            drafting.observe(1, drafts, Judged { right, looked_at: drafts }, Duration::from_secs_f64(elapsed));
+            drafted += drafts;
+        }
+        assert!(drafted < 100, "{drafted}");
+    }
+
+    #[test]
     fn a_number_of_drafts_that_was_not_tried_lies_between_others() {
-        let at = |seconds: f64| {
-            let mut time = StepTime::default();
-            // the median: neither the slowest nor the fastest
-            [9.0 * seconds, seconds, 0.5 * seconds].into_iter().filter(|s| *s > 0.0).for_each(|s| time.add(s));
-            time
+        let at = |ratio: f64| {
+            let mut cost = Cost::default();
+            // the median: neither the highest nor the lowest
+            [9.0 * ratio, ratio, 0.5 * ratio].into_iter().filter(|r| *r > 0.0).for_each(|r| cost.add(r));
+            cost
         };
-        let times = [at(1.0), at(2.0), at(0.0), at(0.0), at(3.5)];
-        assert_eq!([1, 2, 3, 4].map(|k| seconds(&times, k)), [2.0, 2.5, 3.0, 3.5]);
-        assert_eq!(seconds(&times[..3], 2), 3.0);
-        assert_eq!(seconds(&[at(2.0), at(1.0), at(0.0)], 2), 1.0, "more drafts don't make a step shorter");
-        assert_eq!(seconds(&times[2..4], 1), f64::INFINITY);
+        let costs = [at(1.0), at(2.0), at(0.0), at(0.0), at(3.5)];
+        assert_eq!([1, 2, 3, 4].map(|k| cost(&costs, k)), [2.0, 2.5, 3.0, 3.5]);
+        assert_eq!(cost(&costs[..3], 2), 3.0);
+        assert_eq!(cost(&[at(2.0), at(1.0), at(0.0)], 2), 1.0, "more drafts don't make a step shorter");
+        assert_eq!(cost(&costs[2..4], 1), f64::INFINITY);
     }
 }
