@@ -9,8 +9,11 @@ use crate::{Config, Error, Result};
 use candle_core::{DType, Device, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use memmap2::MmapMut;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 
 /// Tokens of a block.
 pub const BLOCK_TOKENS: usize = 32;
@@ -52,9 +55,9 @@ struct LayerBlocks {
 #[derive(Debug)]
 enum Store {
     /// [blocks][groups][32][d] each: a group's keys of a block lie together, read in place by our kernel. The system gives memory when it is written.
-    Host { k: Vec<f32>, v: Vec<f32> },
+    Host { k: Pages<f32>, v: Pages<f32> },
     /// The same in half the memory.
-    HostHalf { k: Vec<f16>, v: Vec<f16> },
+    HostHalf { k: Pages<f16>, v: Pages<f16> },
     /// [blocks * 32, groups * d] each.
     Device { k: Tensor, v: Tensor },
 }
@@ -68,8 +71,8 @@ impl KvPool {
         let layer = |groups: usize| -> Result<LayerBlocks> {
             let (rows, width) = (blocks * BLOCK_TOKENS, groups * config.head_dim);
             let store = match dtype {
-                DType::F32 if device.is_cpu() => Store::Host { k: zeros(rows * width)?, v: zeros(rows * width)? },
-                DType::F16 if device.is_cpu() => Store::HostHalf { k: zeros(rows * width)?, v: zeros(rows * width)? },
+                DType::F32 if device.is_cpu() => Store::Host { k: Pages::new(rows * width)?, v: Pages::new(rows * width)? },
+                DType::F16 if device.is_cpu() => Store::HostHalf { k: Pages::new(rows * width)?, v: Pages::new(rows * width)? },
                 _ => Store::Device { k: Tensor::zeros((rows, width), dtype, device)?, v: Tensor::zeros((rows, width), dtype, device)? },
             };
             Ok(LayerBlocks { groups, store })
@@ -103,7 +106,7 @@ impl KvPool {
 /// Numbers that zeroed bytes are zeros of.
 ///
 /// # Safety
-/// Zeroed bytes must be a value of the type.
+/// Zeroed bytes must be a value of the type, and a page's alignment enough for it.
 unsafe trait Zeroed {}
 
 // SAFETY: IEEE 754
@@ -111,40 +114,41 @@ unsafe impl Zeroed for f32 {}
 // SAFETY: IEEE 754
 unsafe impl Zeroed for f16 {}
 
-/// Zeros that take memory only when they are written to.
-fn zeros<T: Zeroed>(count: usize) -> Result<Vec<T>> {
-    let refused = || Error::Device(format!("{} bytes can't be had", count.saturating_mul(size_of::<T>())));
-    if count == 0 {
-        return Ok(Vec::new());
-    }
-    let layout = std::alloc::Layout::array::<T>(count).map_err(|_| refused())?;
-    // SAFETY: the layout isn't empty; zeroed bytes are zeros, and the vector frees them with the layout that they were made with
-    unsafe {
-        let data = std::alloc::alloc_zeroed(layout).cast::<T>();
-        if data.is_null() {
-            return Err(refused());
-        }
-        in_small_pages(data.cast(), layout.size());
-        Ok(Vec::from_raw_parts(data, count, count))
+/// Zeros that take memory only when they are written to: pages of their own, since an allocator would write zeros into those that it had before.
+#[derive(Debug)]
+struct Pages<T> {
+    map: MmapMut,
+    count: usize,
+    of: PhantomData<T>,
+}
+
+impl<T: Zeroed> Pages<T> {
+    fn new(count: usize) -> Result<Self> {
+        let bytes = count.saturating_mul(size_of::<T>());
+        let map = MmapMut::map_anon(bytes.max(1)).map_err(|e| Error::Device(format!("{bytes} bytes can't be had: {e}")))?;
+        // With huge pages all layers take a new one of two megabytes in the same step, some 85 blocks apart, and everyone waits for their zeros: a third of
+        // a second with 30 layers. A refusal changes nothing.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::NoHugePage);
+        Ok(Self { map, count, of: PhantomData })
     }
 }
 
-/// Asks the system for memory in small pages. With huge ones all layers take a new page of two megabytes in the same step, some 85 blocks apart, and everyone
-/// waits for their zeros: a third of a second with 30 layers.
-#[cfg(target_os = "linux")]
-fn in_small_pages(data: *mut u8, bytes: usize) {
-    // SAFETY: sysconf only reads
-    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4_096);
-    let first = (data as usize).next_multiple_of(page);
-    let end = (data as usize + bytes) / page * page;
-    if end > first {
-        // SAFETY: whole pages inside of one allocation, whose content the advice doesn't touch; a refusal changes nothing
-        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_NOHUGEPAGE) };
+impl<T: Zeroed> Deref for Pages<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: the map has so many numbers, which are zeros or what was written, and is borrowed with the slice
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast(), self.count) }
     }
 }
 
-#[cfg(not(target_os = "linux"))]
-fn in_small_pages(_data: *mut u8, _bytes: usize) {}
+impl<T: Zeroed> DerefMut for Pages<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and borrowed for writing
+        unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().cast(), self.count) }
+    }
+}
 
 /// A [`KvPool`] under the block tables of one batch.
 #[derive(Debug)]
