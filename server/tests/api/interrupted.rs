@@ -98,6 +98,8 @@ fn what_cant_be_used_is_named_with_what_was_expected() {
     let out = out.to_str().unwrap();
     let empty = directory.path().join("empty.txt");
     std::fs::write(&empty, "").unwrap();
+    let blank = directory.path().join("blank.txt");
+    std::fs::write(&blank, "\n \n\t\n".repeat(1_000)).unwrap();
     let short = directory.path().join("short.txt");
     std::fs::write(&short, "Only this.").unwrap();
     let binary = directory.path().join("binary.txt");
@@ -111,6 +113,7 @@ fn what_cant_be_used_is_named_with_what_was_expected() {
         (vec!["--strategy", "magic"], 2, vec!["expected joint, evop", "magic"]),
         (vec!["--model", "/nonexistent/model"], 1, vec!["no such directory", "/nonexistent/model"]),
         (vec!["--calibration", &path(&empty)], 1, vec!["calibration corpus", "empty"]),
+        (vec!["--calibration", &path(&blank)], 1, vec!["calibration corpus", "empty"]),
         (vec!["--calibration", &path(&short)], 1, vec!["fewer than one sequence"]),
         (vec!["--params", "0.9", "--kv", "0"], 1, vec!["--kv", "expected the fraction to keep"]),
         (vec!["--calibration", &path(&binary)], 1, vec!["not UTF-8"]),
