@@ -210,7 +210,8 @@ def main(evop, model, files, limit, golden_file, api):
         summary = json.loads(subprocess.run(command + (["--limit", str(limit)] if limit else []), check=True, stdout=subprocess.PIPE).stdout)
         lines = read(items)
         # without its cache: that takes the wrong rows where two tasks split one text at different places
-        itself = contextlib.nullcontext({"pretrained": str(model), "dtype": "float32", "device": "cpu", "logits_cache": False})
+        # (a checkpoint whose layers differ brings its modelling file)
+        itself = contextlib.nullcontext({"pretrained": str(model), "dtype": "float32", "device": "cpu", "logits_cache": False, "trust_remote_code": True})
         kind = "local-completions" if api else "hf"
         with served(evop, model, work) if api else itself as arguments:
             version, harness = run_harness(kind, arguments, [task for task, _ in configured], work, limit)
