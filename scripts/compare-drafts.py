@@ -9,54 +9,16 @@ First with --speculate-always, which guesses whatever it costs: --long greedy an
 guesses are right. Then as it is meant to be used: greedy requests of 96 tokens with and without in turns, the median speed-up and the tokens drafted for each answered one.
 """
 import argparse
-import concurrent.futures
-import json
 import statistics
-import subprocess
-import tempfile
-import time
-import urllib.request
+
+from served import Server
 
 SHORT, LONG = 96, 640
 
 
-class Server:
-    def __init__(self, evop, options):
-        self.data = tempfile.TemporaryDirectory()
-        command = [evop, "serve", "--port", "0", "--admin-addr", "off", "--data-dir", self.data.name, *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        self.url = "http://" + json.loads(self.process.stdout.readline())["address"]
-        while self.get("/ready") is None:
-            time.sleep(0.1)
-
-    def get(self, path):
-        try:
-            return urllib.request.urlopen(self.url + path).read().decode()
-        except OSError:
-            return None
-
-    def answer(self, prompt, tokens):
-        """The answer's token ids, and the seconds that it took."""
-        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
-        started = time.monotonic()
-        ids = json.load(urllib.request.urlopen(request))["choices"][0]["token_ids"]
-        return ids, time.monotonic() - started
-
-    def answers(self, prompts, tokens):
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            return [ids for ids, _ in pool.map(lambda prompt: self.answer(prompt, tokens), prompts)]
-
-    def metric(self, name):
-        return sum(float(line.rsplit(" ", 1)[1]) for line in self.get("/metrics").splitlines() if line.startswith(name + "{"))
-
-    def guesses(self):
-        """Drafted, and right."""
-        return [int(self.metric(f"vllm:spec_decode_num_{kind}_tokens_total")) for kind in ["draft", "accepted"]]
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait()
+def guesses(server):
+    """Drafted, and right."""
+    return [int(server.metric(f"vllm:spec_decode_num_{kind}_tokens_total")) for kind in ["draft", "accepted"]]
 
 
 def same(name, found, expected):
@@ -77,6 +39,7 @@ def main():
     options = [o for o in serve if o != "--"] + (["--model", args.model] if args.model else [])
     prompts = [line.strip() for line in open(args.prompts, encoding="utf-8") if line.strip()]
     some = lambda count: [prompts[i % len(prompts)] for i in range(count)]
+    long = [(prompt, None) for prompt in some(args.long)]
     compared = 0
     print("| drafts by | at most | right, of so many drafted | drafted for a token, where it may choose | speed-up |\n| --- | --- | --- | --- | --- |")
     for form in args.forms:
@@ -84,14 +47,14 @@ def main():
         # with the form too: it says in which order the weights are loaded, which rounds sums otherwise
         alone = [*options, "--pattern", form]
         plain = Server(args.evop, alone)
-        expected = plain.answers(some(args.long), LONG)
+        expected = plain.answers(long, LONG, 4)
         plain.stop()
         for most in args.most.split(","):
             drafts = [*alone, "--speculate", name, "--speculate-tokens", most]
             always = Server(args.evop, [*drafts, "--speculate-always"])
-            same(name, always.answers(some(args.long), LONG), expected)
+            same(name, always.answers(long, LONG, 4), expected)
             compared += sum(map(len, expected))
-            drafted, right = always.guesses()
+            drafted, right = guesses(always)
             always.stop()
             # anew each time: a process that has been there for longer lies in larger pages, and is faster by up to a tenth
             plain, drafting, ratios = Server(args.evop, alone), Server(args.evop, drafts), []
@@ -99,7 +62,7 @@ def main():
                 (own, own_time), (other, other_time) = plain.answer(prompt, SHORT), drafting.answer(prompt, SHORT)
                 same(name, other, own)
                 ratios.append(own_time / other_time)
-            chosen = drafting.guesses()[0] / SHORT / args.requests
+            chosen = guesses(drafting)[0] / SHORT / args.requests
             plain.stop()
             drafting.stop()
             print(f"| `@{name}` | {most} | {right / max(drafted, 1):.0%} of {drafted:,} | {chosen:.2f} | {statistics.median(ratios):.2f}x |", flush=True)
