@@ -4,6 +4,7 @@ use crate::app::App;
 use crate::openai::errors::ApiError;
 use crate::served::Served;
 use anyhow::{Context, Result, bail};
+use evop_model::device::{bind_thread, not_recording};
 use evop_model::{Config, Decoder, Pattern, Tokenizer};
 use evop_pruning::HiddenStates;
 use evop_pruning::clusters::Clusters;
@@ -98,9 +99,17 @@ impl Auto {
 
     /// The form for a prompt of these tokens, special ones left out. Blocks for as long as a half pass over its beginning takes.
     fn choose(&self, tokenizer: &Tokenizer, prompt: Vec<u32>) -> evop_pruning::Result<usize> {
+        let _not_recording = not_recording();
         let vectors = HiddenStates::new(&self.decoder, tokenizer).vectors(&[prompt], &mut |_| ())?;
         let pattern = vectors.first().map_or(0, |vector| self.voters.clusters.vote(vector));
         Ok(self.voters.members[pattern])
+    }
+}
+
+impl Drop for Auto {
+    fn drop(&mut self) {
+        // the weights may go with this
+        bind_thread(self.decoder.device());
     }
 }
 

@@ -23,7 +23,7 @@ const MOST_BYTES: f64 = (1u64 << 60) as f64;
 /// Options of `evop serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeConfig {
-    /// A checkpoint directory, a .gguf file, or a hub id (org/name); without it the small bundled model is served.
+    /// A checkpoint directory, a .gguf file, a hub id (org/name), or random:SHAPE for random weights (to measure speeds); without it the small bundled model is served.
     #[arg(long, env = "EVOP_MODEL", value_name = "MODEL", help_heading = "Model")]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub id.
@@ -116,6 +116,9 @@ pub struct ServeConfig {
     /// Memory for keys and values, for example 2GiB, taken from the system as it is used; prompts that begin alike share it. [default: what the concurrent sequences need, at most a quarter of what is free]
     #[arg(long, env = "EVOP_KV_MEMORY", value_name = "SIZE", help_heading = "Limits")]
     pub kv_memory: Option<ByteSize>,
+    /// On CUDA, launch the kernels of generating steps one by one instead of replaying recorded steps (CUDA graphs): slower, for comparisons.
+    #[arg(long, env = "EVOP_NO_CUDA_GRAPHS", help_heading = "Limits")]
+    pub no_cuda_graphs: bool,
     /// Requests a minute that one API key may send; without keys, all clients together. [default: no limit]
     #[arg(long, env = "EVOP_RATE_LIMIT", value_name = "REQUESTS", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Limits")]
     pub rate_limit: Option<u32>,

@@ -161,6 +161,7 @@ fn engine_config(decoder: &Decoder, config: &ServeConfig) -> Result<EngineConfig
         kv_budget_bytes,
         kv_dtype,
         speculation: None,
+        cuda_graphs: !config.no_cuda_graphs,
     })
 }
 

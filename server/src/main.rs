@@ -26,6 +26,7 @@ mod request_id;
 mod router;
 mod served;
 mod serving_slot;
+mod shape;
 mod shutdown;
 mod traces;
 

@@ -1,7 +1,9 @@
-//! Which checkpoint a `--model` means: the bundled one, a path, or a hub id.
+//! Which checkpoint a `--model` means: the bundled one, random weights, a path, or a hub id.
 
 use crate::hub;
+use crate::shape::Shape;
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use evop_model::{Checkpoint, EmbeddedFiles};
 use std::path::{Path, PathBuf};
 
@@ -18,11 +20,16 @@ static BUNDLED: EmbeddedFiles = EmbeddedFiles {
 /// What the bundled model is called.
 pub const BUNDLED_NAME: &str = "evop-tiny";
 
+/// What comes before the name of a shape.
+const RANDOM: &str = "random:";
+
 /// What a `--model` was found to mean.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelSource {
     /// The one inside the binary.
     Bundled,
+    /// Random weights in a known model's shape, to measure speeds with.
+    Random(Shape),
     /// A directory or a .gguf file.
     Local(PathBuf),
     /// A repository of the Hugging Face hub.
@@ -41,6 +48,10 @@ impl ModelSource {
     /// A text that is neither.
     pub fn parse(model: Option<&str>) -> Result<Self> {
         let Some(model) = model.map(str::trim).filter(|m| !m.is_empty()) else { return Ok(Self::Bundled) };
+        if let Some(shape) = model.strip_prefix(RANDOM) {
+            let names = || Shape::value_variants().iter().map(Shape::to_string).collect::<Vec<_>>().join(", ");
+            return Shape::from_str(shape, false).map(Self::Random).map_err(|_| anyhow::anyhow!("{model}: expected {RANDOM} and one of {}", names()));
+        }
         let path = expand_home(model);
         if path.exists() {
             return Ok(Self::Local(path));
@@ -58,6 +69,7 @@ impl ModelSource {
     pub fn name(&self) -> String {
         match self {
             Self::Bundled => BUNDLED_NAME.to_string(),
+            Self::Random(shape) => format!("{RANDOM}{shape}"),
             Self::Hub { owner, name } => format!("{owner}/{name}"),
             Self::Local(path) => path_name(path),
         }
@@ -73,6 +85,7 @@ impl ModelSource {
         }
         match self {
             Self::Bundled => Checkpoint::embedded(&BUNDLED).context("the bundled model"),
+            Self::Random(shape) => shape.checkpoint(),
             Self::Local(path) => Ok(Checkpoint::open(path)?),
             Self::Hub { owner, name } => {
                 let directory = hub::download(owner, name, revision)?;
@@ -135,6 +148,17 @@ mod tests {
             let error = ModelSource::parse(Some(path)).unwrap_err().to_string();
             assert!(error.starts_with("no such directory"), "{path}: {error}");
         }
+    }
+
+    #[test]
+    fn random_weights_have_a_shape() {
+        let source = ModelSource::parse(Some("random:smollm-135m")).unwrap();
+        assert_eq!((&source, source.name().as_str()), (&ModelSource::Random(Shape::Smollm135m), "random:smollm-135m"));
+        let checkpoint = source.open(None).unwrap();
+        assert_eq!((checkpoint.config().num_layers(), checkpoint.tokenizer().get_vocab_size(true)), (30, 49_152));
+        assert_eq!(checkpoint.encode("t7 t49151", true).unwrap(), [7, 49_151]);
+        let error = ModelSource::parse(Some("random:gpt")).unwrap_err().to_string();
+        assert!(error.contains("smollm-135m, llama-3.2-1b"), "{error}");
     }
 
     #[test]

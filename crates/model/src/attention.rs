@@ -86,51 +86,52 @@ fn flash_packed(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch:
     Ok(out.reshape((q.dim(0)?, spec.heads() * spec.head_dim))?)
 }
 
-/// Where the sequences of a pass lie in a pool of blocks, as the kernel that reads it in place takes it.
+/// Where the sequences of a pass lie in a pool of blocks, as the kernel that reads it in place takes it. All u32.
 #[cfg(feature = "flash-attn")]
 #[derive(Debug)]
 pub(crate) struct Pages {
-    /// [spans, blocks] u32.
-    table: Tensor,
-    /// [spans + 1] u32: the sequences' lengths, cached tokens and new ones, added up.
-    offsets: Tensor,
-    /// The longest of them.
-    longest: usize,
+    /// [spans, blocks].
+    pub table: Tensor,
+    /// [spans + 1]: the spans' lengths added up, and the longest of them or more.
+    pub queries: (Tensor, usize),
+    /// [spans + 1]: the sequences' lengths, cached tokens and new ones, added up, and the longest of them or more.
+    pub keys: (Tensor, usize),
 }
 
 #[cfg(feature = "flash-attn")]
 impl Pages {
     /// `tables[i]` are the blocks of sequence i.
-    pub(crate) fn new(tables: &[&[u32]], spans: &[crate::Span], device: &Device) -> Result<Self> {
+    pub(crate) fn new(tables: &[&[u32]], batch: &Batch, device: &Device) -> Result<Self> {
+        let spans = batch.spans();
         let lengths = || spans.iter().map(|span| span.past + span.len);
         let longest = lengths().max().unwrap_or(0);
         let width = longest.div_ceil(crate::BLOCK_TOKENS);
         // (a shorter sequence's row goes on with a block that isn't read)
         let table: Vec<u32> = tables.iter().flat_map(|table| table.iter().copied().chain(std::iter::repeat(0)).take(width)).collect();
-        let ends = lengths().scan(0, |end, length| {
-            *end += length as u32;
-            Some(*end)
-        });
-        let offsets: Vec<u32> = std::iter::once(0).chain(ends).collect();
-        Ok(Self { table: Tensor::from_vec(table, (spans.len(), width), device)?, offsets: Tensor::from_vec(offsets, spans.len() + 1, device)?, longest })
+        let keys = crate::batch::offsets(lengths());
+        Ok(Self {
+            table: Tensor::from_vec(table, (spans.len(), width), device)?,
+            queries: (batch.offsets.clone(), spans.iter().map(|s| s.len).max().unwrap_or(0)),
+            keys: (Tensor::from_vec(keys, spans.len() + 1, device)?, longest),
+        })
     }
 }
 
 /// All sequences of a pass in one launch; k and v [blocks, 32, kv_groups, d], the new rows among them.
 #[cfg(feature = "flash-attn")]
-pub(crate) fn attend_pages(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch, pages: &Pages) -> Result<Tensor> {
-    let longest = batch.spans().iter().map(|s| s.len).max().unwrap_or(0);
+pub(crate) fn attend_pages(spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, pages: &Pages) -> Result<Tensor> {
     let left = spec.window.map(|window| window - 1);
+    let ((queries, most_queries), (keys, most_keys)) = (&pages.queries, &pages.keys);
     let out = candle_flash_attn::flash_attn_varlen_paged_windowed(
         q,
         k,
         v,
-        &batch.offsets,
-        &pages.offsets,
+        queries,
+        keys,
         &pages.table,
         None,
-        longest,
-        pages.longest,
+        *most_queries,
+        *most_keys,
         spec.scale,
         left,
         Some(0),

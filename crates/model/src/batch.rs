@@ -3,7 +3,7 @@
 use crate::config::Positions;
 use crate::rope::RopeParameters;
 use crate::{Config, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use std::ops::Range;
 
 /// The new tokens of one sequence.
@@ -39,7 +39,7 @@ pub struct Batch {
     spans: Vec<Span>,
     tokens: usize,
     place: Place,
-    /// (cos, sin), each [1, tokens, head_dim / 2].
+    /// (cos, sin), each [1, tokens, head_dim / 2] f32.
     pub(crate) rope: Option<(Tensor, Tensor)>,
     /// [tokens] u32 rows of the learned table.
     pub(crate) position_ids: Option<Tensor>,
@@ -49,18 +49,18 @@ pub struct Batch {
 }
 
 impl Batch {
-    pub(crate) fn new(config: &Config, spans: &[Span], dtype: DType, device: &Device) -> Result<Self> {
+    pub(crate) fn new(config: &Config, spans: &[Span], device: &Device) -> Result<Self> {
         let tokens = spans.iter().map(|s| s.len).sum();
         let (mut rope, mut position_ids) = (None, None);
         match &config.positions {
-            Positions::Rope(parameters) => rope = Some(tables(parameters, config.head_dim, spans, dtype, device)?),
+            Positions::Rope(parameters) => rope = Some(tables(parameters, config.head_dim, spans, device)?),
             Positions::Learned { offset } => {
                 let ids: Vec<u32> = spans.iter().flat_map(|s| s.past..s.past + s.len).map(|p| (p + offset) as u32).collect();
                 position_ids = Some(Tensor::from_vec(ids, tokens, device)?);
             }
         }
         #[cfg(feature = "flash-attn")]
-        let offsets = offsets(spans, device)?;
+        let offsets = rows_of(spans, device)?;
         Ok(Self {
             spans: spans.to_vec(),
             tokens,
@@ -70,6 +70,13 @@ impl Batch {
             #[cfg(feature = "flash-attn")]
             offsets,
         })
+    }
+
+    /// Rows whose sequences are known to the cache alone.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) fn of_rows(tokens: usize, rope: Option<(Tensor, Tensor)>, position_ids: Tensor, offsets: Tensor) -> Self {
+        let place = Place { first_span: 0, first_row: 0, spans: 0 };
+        Self { spans: Vec::new(), tokens, place, rope, position_ids: Some(position_ids), offsets }
     }
 
     /// The same sequences `count` times over.
@@ -85,7 +92,7 @@ impl Batch {
             rope,
             position_ids: self.position_ids.as_ref().map(|ids| ids.repeat(count)).transpose()?,
             #[cfg(feature = "flash-attn")]
-            offsets: offsets(&spans, self.offsets.device())?,
+            offsets: rows_of(&spans, self.offsets.device())?,
             spans,
         })
     }
@@ -107,7 +114,7 @@ impl Batch {
             rope: rope.transpose()?,
             position_ids: self.position_ids.as_ref().map(|ids| ids.narrow(0, row, tokens)).transpose()?,
             #[cfg(feature = "flash-attn")]
-            offsets: offsets(&self.spans[spans.clone()], self.offsets.device())?,
+            offsets: rows_of(&self.spans[spans.clone()], self.offsets.device())?,
             spans: self.spans[spans].to_vec(),
         })
     }
@@ -130,19 +137,35 @@ impl Batch {
 
 /// Where each span begins, and where the last one ends.
 #[cfg(feature = "flash-attn")]
-fn offsets(spans: &[Span], device: &Device) -> Result<Tensor> {
-    let ends = spans.iter().scan(0, |end, span| {
-        *end += span.len as u32;
-        Some(*end)
-    });
-    Ok(Tensor::from_vec(std::iter::once(0).chain(ends).collect(), spans.len() + 1, device)?)
+fn rows_of(spans: &[Span], device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_vec(offsets(spans.iter().map(|span| span.len)), spans.len() + 1, device)?)
 }
 
-fn tables(parameters: &RopeParameters, head_dim: usize, spans: &[Span], dtype: DType, device: &Device) -> Result<(Tensor, Tensor)> {
-    let half = head_dim / 2;
+/// Where things of these lengths begin, one behind the other, and where the last one ends.
+#[cfg(feature = "flash-attn")]
+pub(crate) fn offsets(lengths: impl Iterator<Item = usize>) -> Vec<u32> {
+    let ends = lengths.scan(0, |end, length| {
+        *end += length as u32;
+        Some(*end)
+    });
+    std::iter::once(0).chain(ends).collect()
+}
+
+/// (cos, sin), [1, tokens, head_dim / 2] f32 each.
+fn tables(parameters: &RopeParameters, head_dim: usize, spans: &[Span], device: &Device) -> Result<(Tensor, Tensor)> {
+    let (cos, sin) = angles(parameters, head_dim, spans);
+    let tensor = |values: Vec<f32>| -> Result<Tensor> {
+        let tokens = values.len() / (head_dim / 2);
+        Ok(Tensor::from_vec(values, (1, tokens, head_dim / 2), device)?)
+    };
+    Ok((tensor(cos)?, tensor(sin)?))
+}
+
+/// Cosines and sines of the angles of all tokens, [tokens, head_dim / 2] each.
+pub(crate) fn angles(parameters: &RopeParameters, head_dim: usize, spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
     let tokens: usize = spans.iter().map(|s| s.len).sum();
     let factor = parameters.attention_factor();
-    let (mut cos, mut sin) = (Vec::with_capacity(tokens * half), Vec::with_capacity(tokens * half));
+    let (mut cos, mut sin) = (Vec::with_capacity(tokens * head_dim / 2), Vec::with_capacity(tokens * head_dim / 2));
     let shared = (!parameters.depends_on_length()).then(|| parameters.inverse_frequencies(head_dim, 0));
     for span in spans {
         let own;
@@ -162,6 +185,5 @@ fn tables(parameters: &RopeParameters, head_dim: usize, spans: &[Span], dtype: D
             }
         }
     }
-    let tensor = |values: Vec<f32>| -> Result<Tensor> { Ok(Tensor::from_vec(values, (1, tokens, half), &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?) };
-    Ok((tensor(cos)?, tensor(sin)?))
+    (cos, sin)
 }

@@ -2,7 +2,7 @@
 //! them, in the manner of Kwon et al. 2023 (arXiv 2309.06180). There is memory only for attention that exists, and only for its groups.
 
 use crate::attention::{self, AttentionSpec};
-use crate::batch::{Batch, Place};
+use crate::batch::{Batch, Place, Span};
 use crate::kernels;
 use crate::kernels::attention::{Lines, Numbers, Sequence};
 use crate::{Config, Error, Result};
@@ -58,7 +58,7 @@ enum Store {
     Host { k: Pages<f32>, v: Pages<f32> },
     /// The same in half the memory.
     HostHalf { k: Pages<f16>, v: Pages<f16> },
-    /// [blocks * 32, groups * d] each.
+    /// [(blocks + 1) * 32, groups * d] each: a last block belongs to no sequence.
     Device { k: Tensor, v: Tensor },
 }
 
@@ -73,7 +73,10 @@ impl KvPool {
             let store = match dtype {
                 DType::F32 if device.is_cpu() => Store::Host { k: Pages::new(rows * width)?, v: Pages::new(rows * width)? },
                 DType::F16 if device.is_cpu() => Store::HostHalf { k: Pages::new(rows * width)?, v: Pages::new(rows * width)? },
-                _ => Store::Device { k: Tensor::zeros((rows, width), dtype, device)?, v: Tensor::zeros((rows, width), dtype, device)? },
+                _ => {
+                    let rows = rows + BLOCK_TOKENS;
+                    Store::Device { k: Tensor::zeros((rows, width), dtype, device)?, v: Tensor::zeros((rows, width), dtype, device)? }
+                }
             };
             Ok(LayerBlocks { groups, store })
         };
@@ -164,8 +167,6 @@ pub struct PagedCache<'p> {
 struct Slots {
     /// [tokens] u32: of the new rows.
     new: Tensor,
-    /// The same for each of a row's numbers, [tokens, width] u32, by width.
-    new_numbers: HashMap<usize, Tensor>,
     held: Option<Held>,
 }
 
@@ -183,21 +184,29 @@ impl Slots {
     fn new(tables: &[&[u32]], batch: &Batch, device: &Device) -> Result<Self> {
         let new: Vec<u32> = PagedCache::positions(batch).map(|(s, p)| slot(tables[s], p) as u32).collect();
         let new = Tensor::from_vec(new, batch.tokens(), device)?;
-        Ok(Self { new, new_numbers: HashMap::new(), held: None })
+        Ok(Self { new, held: None })
     }
 
-    fn new_numbers(&mut self, width: usize) -> Result<&Tensor> {
-        match self.new_numbers.entry(width) {
-            Entry::Occupied(known) => Ok(known.into_mut()),
-            Entry::Vacant(unknown) => Ok(unknown.insert(self.new.unsqueeze(1)?.broadcast_as((self.new.dim(0)?, width))?.contiguous()?)),
+    /// Puts the new rows, [tokens, kv_groups, d], to their places in [rows, groups * d]. (A narrower attention leaves a row's last groups unused.)
+    fn write(&self, pools: [&Tensor; 2], [k, v]: [&Tensor; 2]) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if k.device().is_cuda() {
+            return crate::cuda::cache(k, v, &self.new, pools[0], pools[1]);
         }
+        for (rows, new) in pools.into_iter().zip([k, v]) {
+            let ((tokens, groups, d), pool_width) = (new.dims3()?, rows.dim(1)?);
+            let index = self.new.unsqueeze(1)?.broadcast_as((tokens, pool_width))?.contiguous()?;
+            let new = new.reshape((tokens, groups * d))?.pad_with_zeros(1, 0, pool_width - groups * d)?.contiguous()?;
+            rows.scatter_set(&index, &new, 0)?;
+        }
+        Ok(())
     }
 
     fn held(&mut self, tables: &[&[u32]], batch: &Batch, q: &Tensor) -> Result<&Held> {
         let held = match self.held.take() {
             Some(held) => held,
             #[cfg(feature = "flash-attn")]
-            None if attention::is_flash(q) => Held::Pages(attention::Pages::new(tables, batch.spans(), q.device())?),
+            None if attention::is_flash(q) => Held::Pages(attention::Pages::new(tables, batch, q.device())?),
             None => Held::Rows(rows(tables, batch, q.device())?),
         };
         Ok(self.held.insert(held))
@@ -206,7 +215,7 @@ impl Slots {
 
 /// Where each sequence's rows lie, [past + len] u32 each.
 fn rows(tables: &[&[u32]], batch: &Batch, device: &Device) -> Result<Vec<Tensor>> {
-    let of = |(table, span): (&&[u32], &crate::Span)| -> Result<Tensor> {
+    let of = |(table, span): (&&[u32], &Span)| -> Result<Tensor> {
         let slots: Vec<u32> = (0..span.past + span.len).map(|p| slot(table, p) as u32).collect();
         Ok(Tensor::from_vec(slots, span.past + span.len, device)?)
     };
@@ -215,6 +224,12 @@ fn rows(tables: &[&[u32]], batch: &Batch, device: &Device) -> Result<Vec<Tensor>
 
 impl<'p> PagedCache<'p> {
     fn check(&self, layer: usize, spec: &AttentionSpec, batch: &Batch) -> Result<()> {
+        self.groups(layer, spec)?;
+        self.check_tables(self.tables(batch)?, batch.spans())
+    }
+
+    /// How many groups a layer has here, for an attention of no more of them.
+    fn groups(&self, layer: usize, spec: &AttentionSpec) -> Result<usize> {
         let groups = self.pool.layers.get(layer).and_then(Option::as_ref).map_or(0, |l| l.groups);
         if groups < spec.kv_groups {
             return Err(Error::Input(format!(
@@ -222,14 +237,50 @@ impl<'p> PagedCache<'p> {
                 spec.kv_groups
             )));
         }
-        let tables = self.tables(batch)?;
-        for (table, span) in tables.iter().zip(batch.spans()) {
+        Ok(groups)
+    }
+
+    fn check_tables(&self, tables: &[&[u32]], spans: &[Span]) -> Result<()> {
+        for (table, span) in tables.iter().zip(spans) {
             let needed = (span.past + span.len).div_ceil(BLOCK_TOKENS);
             if table.len() < needed || table.iter().any(|b| *b as usize >= self.pool.blocks) {
                 return Err(Error::Input(format!("a sequence of {} tokens needs {needed} blocks of this cache, found {table:?}", span.past + span.len)));
             }
         }
         Ok(())
+    }
+
+    /// The tables of a whole pass.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) fn tables_of(&self, spans: &[Span]) -> Result<&[&'p [u32]]> {
+        if self.tables.len() != spans.len() {
+            return Err(Error::Input(format!("expected a block table a sequence: {}, found {}", spans.len(), self.tables.len())));
+        }
+        self.check_tables(&self.tables, spans)?;
+        Ok(&self.tables)
+    }
+
+    /// A token's place that belongs to no sequence.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) fn unowned_slot(&self) -> u32 {
+        (self.pool.blocks * BLOCK_TOKENS) as u32
+    }
+
+    /// A layer's keys and values, [rows, groups * d] each, and its groups.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) fn layer_on_device(&self, layer: usize, spec: &AttentionSpec) -> Result<(&Tensor, &Tensor, usize)> {
+        let groups = self.groups(layer, spec)?;
+        match &self.pool.layers[layer] {
+            Some(LayerBlocks { store: Store::Device { k, v }, .. }) => Ok((k, v, groups)),
+            _ => Err(Error::Input("this cache isn't on a GPU".into())),
+        }
+    }
+
+    /// All layers' keys and values that there are.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) fn on_device(&self) -> impl Iterator<Item = (&Tensor, &Tensor)> {
+        let layers = self.pool.layers.iter().flatten();
+        layers.filter_map(|layer| if let Store::Device { k, v } = &layer.store { Some((k, v)) } else { None })
     }
 
     /// The tables of the batch's sequences.
@@ -246,7 +297,7 @@ impl<'p> PagedCache<'p> {
 }
 
 /// Where a token of a sequence lies, counted in tokens.
-fn slot(table: &[u32], position: usize) -> usize {
+pub(crate) fn slot(table: &[u32], position: usize) -> usize {
     table[position / BLOCK_TOKENS] as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
 }
 
@@ -295,6 +346,16 @@ fn attend_rows(spec: &AttentionSpec, q: &Tensor, [k, v]: [&Tensor; 2], groups: u
     Ok(Tensor::cat(&outputs, 0)?)
 }
 
+/// Attention over rows of keys and values [rows, groups * d] where they lie.
+#[cfg(feature = "flash-attn")]
+pub(crate) fn attend_in_place(spec: &AttentionSpec, q: &Tensor, pools: [&Tensor; 2], groups: usize, pages: &attention::Pages) -> Result<Tensor> {
+    let blocks = |rows: &Tensor| -> Result<Tensor> {
+        let blocks = rows.reshape((rows.dim(0)? / BLOCK_TOKENS, BLOCK_TOKENS, groups, spec.head_dim))?;
+        Ok(blocks.narrow(2, 0, spec.kv_groups)?)
+    };
+    attention::attend_pages(spec, q, &blocks(pools[0])?, &blocks(pools[1])?, pages)
+}
+
 impl KvCache for PagedCache<'_> {
     fn attend(&mut self, layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, batch: &Batch) -> Result<Tensor> {
         self.check(layer, spec, batch)?;
@@ -302,7 +363,7 @@ impl KvCache for PagedCache<'_> {
         let first = batch.place().first_span;
         let tables = &self.tables[first..first + batch.spans().len()];
         let Some(LayerBlocks { groups, store }) = &mut self.pool.layers[layer] else { return Err(Error::Input(format!("no attention in layer {layer}"))) };
-        let (groups, d) = (*groups, spec.head_dim);
+        let groups = *groups;
         match store {
             Store::Host { k: keys, v: values } => {
                 for (rows, new) in [(&mut *keys, k), (&mut *values, v)] {
@@ -317,27 +378,15 @@ impl KvCache for PagedCache<'_> {
                 attend_blocks(spec, q, tables, batch, groups, [Numbers::F16(keys), Numbers::F16(values)])
             }
             Store::Device { k: keys, v: values } => {
-                let tokens = batch.tokens();
                 let slots = match self.slots.entry((first, batch.spans().len())) {
                     Entry::Occupied(known) => known.into_mut(),
                     Entry::Vacant(unknown) => unknown.insert(Slots::new(tables, batch, q.device())?),
                 };
-                let index = slots.new_numbers(groups * d)?;
-                for (rows, new) in [(&*keys, k), (&*values, v)] {
-                    let width = spec.kv_groups * d;
-                    // (a narrower attention leaves the pool's last groups unused)
-                    let new = new.reshape((tokens, width))?.pad_with_zeros(1, 0, groups * d - width)?.contiguous()?;
-                    rows.scatter_set(index, &new, 0)?;
-                }
+                slots.write([keys, values], [k, v])?;
                 match slots.held(tables, batch, q)? {
                     Held::Rows(held) => attend_rows(spec, q, [keys, values], groups, held, batch),
                     #[cfg(feature = "flash-attn")]
-                    Held::Pages(pages) => {
-                        let blocks = |rows: &Tensor| -> Result<Tensor> {
-                            Ok(rows.reshape((rows.dim(0)? / BLOCK_TOKENS, BLOCK_TOKENS, groups, d))?.narrow(2, 0, spec.kv_groups)?)
-                        };
-                        attention::attend_pages(spec, q, &blocks(keys)?, &blocks(values)?, batch, pages)
-                    }
+                    Held::Pages(pages) => attend_in_place(spec, q, [keys, values], groups, pages),
                 }
             }
         }
@@ -405,7 +454,7 @@ mod tests {
             let mut found: [Vec<Tensor>; 2] = Default::default();
             for chunks in [[(0, 50), (0, 7)], [(50, 19), (7, 32)], [(69, 1), (39, 1)]] {
                 let spans = chunks.map(|(past, len)| Span { past, len });
-                let batch = Batch::new(&config, &spans, DType::BF16, &Device::Cpu).unwrap();
+                let batch = Batch::new(&config, &spans, &Device::Cpu).unwrap();
                 let packed = |i: usize| Tensor::cat(&[0, 1].map(|s: usize| whole[s][i].narrow(0, chunks[s].0, chunks[s].1).unwrap()), 0).unwrap();
                 let out = cache.of([0, 1]).attend(0, &spec, &packed(0), &packed(1), &packed(2), &batch).unwrap();
                 found[0].push(out.narrow(0, 0, chunks[0].1).unwrap());
@@ -430,7 +479,7 @@ mod tests {
             let mut cache = FixedCache::new(&config, dtype, &Device::Cpu, &[70]).unwrap();
             let mut found = Vec::new();
             for (past, len) in [(0, 50), (50, 19), (69, 1)] {
-                let batch = Batch::new(&config, &[Span { past, len }], DType::F32, &Device::Cpu).unwrap();
+                let batch = Batch::new(&config, &[Span { past, len }], &Device::Cpu).unwrap();
                 let [q, k, v] = [0, 1, 2].map(|i: usize| whole[i].narrow(0, past, len).unwrap());
                 found.extend(cache.of([0]).attend(0, &spec, &q, &k, &v, &batch).unwrap().to_vec2::<f32>().unwrap().concat());
             }
@@ -439,7 +488,7 @@ mod tests {
         assert_eq!(exact.0, 2 * half.0);
         // (bf16 numbers of this size are f16 numbers, too: nothing is rounded)
         assert_eq!(exact.1, half.1);
-        let batch = Batch::new(&config, &[Span { past: 0, len: 70 }], DType::F32, &Device::Cpu).unwrap();
+        let batch = Batch::new(&config, &[Span { past: 0, len: 70 }], &Device::Cpu).unwrap();
         let [q, k, v] = [0, 1, 2].map(|i: usize| (&whole[i] * 1.001).unwrap());
         let [exact, half] = [DType::F32, DType::F16].map(|dtype| {
             let mut cache = FixedCache::new(&config, dtype, &Device::Cpu, &[70]).unwrap();
@@ -454,7 +503,7 @@ mod tests {
         let config = Config::from_json(include_str!("../../../models/tiny/config.json"), Path::new("config.json")).unwrap();
         let spec = AttentionSpec { kv_groups: 2, group_size: 2, head_dim: 32, scale: 0.2, window: None };
         let mut pool = KvPool::new(&config, DType::F32, &Device::Cpu, 3).unwrap();
-        let batch = Batch::new(&config, &[Span { past: 30, len: 3 }], DType::F32, &Device::Cpu).unwrap();
+        let batch = Batch::new(&config, &[Span { past: 30, len: 3 }], &Device::Cpu).unwrap();
         let [q, k, v] = random(3, &spec).map(|t| t.to_dtype(DType::F32).unwrap());
         for (table, expected) in [(vec![0], "needs 2 blocks"), (vec![0, 3], "needs 2 blocks")] {
             let error = pool.paged(vec![&table]).attend(0, &spec, &q, &k, &v, &batch).unwrap_err().to_string();

@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::decoder::Decoder;
 use crate::gguf;
 use crate::heterogeneous;
+use crate::random_source::RandomSource;
 use crate::safetensors_source::{Bytes, SafetensorsSource};
 use crate::source::{Source, TensorNames};
 use crate::{Error, Result, WeightType};
@@ -13,6 +14,8 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokenizers::Tokenizer;
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 
 /// Sampling defaults that a checkpoint suggests (`generation_config.json`).
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -126,6 +129,32 @@ impl Checkpoint {
             template_file: read("chat_template.jinja")?,
             generation_config: read("generation_config.json")?,
             provenance: provenance(path)?,
+        };
+        parts.assemble()
+    }
+
+    /// Random weights in a shape, for speeds: [`crate::RandomSource`]. Its tokens are the words `t0`, `t1`, …; other words are `t0`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for a vocabulary that can't be made.
+    pub fn random(name: &str, config: Config) -> Result<Self> {
+        let path = PathBuf::from(name);
+        let refused = |message: String| Error::Tokenizer { path: path.clone(), message };
+        let word = |id: usize| format!("t{id}");
+        let words = WordLevel::builder().vocab((0..config.vocab_size).map(|id| (word(id), id as u32)).collect()).unk_token(word(0)).build();
+        let mut tokenizer = Tokenizer::new(words.map_err(|e| refused(e.to_string()))?);
+        tokenizer.with_pre_tokenizer(Some(WhitespaceSplit));
+        let file = tokenizer.to_string(false).map_err(|e| refused(e.to_string()))?;
+        let parts = Parts {
+            source: Arc::new(RandomSource::new(&config)),
+            path,
+            config,
+            tokenizer,
+            tokenizer_files: vec![("tokenizer.json".to_string(), file.into_bytes())],
+            tokenizer_config: None,
+            template_file: None,
+            generation_config: None,
+            provenance: None,
         };
         parts.assemble()
     }

@@ -65,13 +65,15 @@ impl Decoder {
                 let head_norm = |name: String| Norm::load(source, &name, d, crate::NormKind::Rms, config.norm_eps, types.compute, device);
                 Some(SubBlock {
                     norm: norm(&names.attention_norm(l), hidden)?,
-                    inner: Inner::Attention {
-                        q: linear(names.q(l), heads * d, hidden, config.qkv_bias)?,
-                        k: linear(names.k(l), kv_groups * d, hidden, config.qkv_bias)?,
-                        v: linear(names.v(l), kv_groups * d, hidden, config.qkv_bias)?,
-                        qk_norm: if config.qk_norm { Some((head_norm(names.q_norm(l))?, head_norm(names.k_norm(l))?)) } else { None },
-                        spec: AttentionSpec { kv_groups, group_size, head_dim: d, scale: (d as f32).sqrt().recip(), window: layer.sliding_window },
-                    },
+                    inner: Inner::attention(
+                        [
+                            linear(names.q(l), heads * d, hidden, config.qkv_bias)?,
+                            linear(names.k(l), kv_groups * d, hidden, config.qkv_bias)?,
+                            linear(names.v(l), kv_groups * d, hidden, config.qkv_bias)?,
+                        ],
+                        if config.qk_norm { Some((head_norm(names.q_norm(l))?, head_norm(names.k_norm(l))?)) } else { None },
+                        AttentionSpec { kv_groups, group_size, head_dim: d, scale: (d as f32).sqrt().recip(), window: layer.sliding_window },
+                    )?,
                     output: linear(names.o(l), hidden, heads * d, config.output_bias)?,
                 })
             });
@@ -80,11 +82,11 @@ impl Decoder {
             } else {
                 Some(SubBlock {
                     norm: norm(&names.mlp_norm(l), hidden)?,
-                    inner: Inner::Mlp {
-                        gate: if config.gated_mlp { Some(linear(names.gate(l), ffn, hidden, config.mlp_bias)?) } else { None },
-                        up: linear(names.up(l), ffn, hidden, config.mlp_bias)?,
-                        activation: config.activation,
-                    },
+                    inner: Inner::mlp(
+                        if config.gated_mlp { Some(linear(names.gate(l), ffn, hidden, config.mlp_bias)?) } else { None },
+                        linear(names.up(l), ffn, hidden, config.mlp_bias)?,
+                        config.activation,
+                    )?,
                     output: linear(names.down(l), hidden, ffn, config.mlp_bias)?,
                 })
             });
@@ -164,7 +166,7 @@ impl Decoder {
                 return Err(Error::Input(format!("position {} is beyond the model's {limit} learned positions", span.past + span.len - 1)));
             }
         }
-        Batch::new(&self.config, spans, self.dtype(), &self.device)
+        Batch::new(&self.config, spans, &self.device)
     }
 
     /// Token embeddings (plus learned positions), [tokens, hidden].
@@ -172,13 +174,28 @@ impl Decoder {
     /// # Errors
     /// [`Error::Input`] for a token beyond the vocabulary or a count that differs from the batch's.
     pub fn embed(&self, tokens: &[u32], batch: &Batch) -> Result<Tensor> {
-        if tokens.len() != batch.tokens() {
-            return Err(Error::Input(format!("expected {} tokens, found {}", batch.tokens(), tokens.len())));
-        }
-        if let Some(token) = tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
-            return Err(Error::Input(format!("token id {token} is beyond the vocabulary of {}", self.config.vocab_size)));
-        }
+        self.check_tokens(tokens, batch.tokens())?;
         let hidden = self.embedding.select_rows(tokens)?.to_dtype(self.dtype())?;
+        self.positioned(hidden, batch)
+    }
+
+    pub(crate) fn check_tokens(&self, tokens: &[u32], expected: usize) -> Result<()> {
+        if tokens.len() != expected {
+            return Err(Error::Input(format!("expected {expected} tokens, found {}", tokens.len())));
+        }
+        match tokens.iter().find(|t| **t as usize >= self.config.vocab_size) {
+            Some(token) => Err(Error::Input(format!("token id {token} is beyond the vocabulary of {}", self.config.vocab_size))),
+            None => Ok(()),
+        }
+    }
+
+    /// The same of ids on the device, [tokens] u32, that are known to be in the vocabulary.
+    #[cfg(feature = "flash-attn")]
+    pub(crate) fn embed_ids(&self, ids: &Tensor, batch: &Batch) -> Result<Tensor> {
+        self.positioned(self.embedding.tensor()?.index_select(ids, 0)?, batch)
+    }
+
+    fn positioned(&self, hidden: Tensor, batch: &Batch) -> Result<Tensor> {
         match (&self.positions, &batch.position_ids) {
             (Some(table), Some(rows)) => Ok((hidden + table.index_select(rows, 0)?)?),
             _ => Ok(hidden),
@@ -188,10 +205,20 @@ impl Decoder {
     /// Runs the sub-blocks between two boundaries on the residual stream, [tokens, hidden] -> [tokens, hidden].
     pub fn forward_range(&self, hidden: Tensor, boundaries: Range<usize>, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
         let mut hidden = hidden;
-        for s in boundaries {
-            if let Some(block) = self.sub_block(s) {
-                hidden = self.apply(block, s, &hidden, batch, cache)?;
-            }
+        let mut blocks = boundaries.filter_map(|s| Some((s, self.sub_block(s)?))).peekable();
+        // what the next sub-block takes in, where it came with the sum
+        let mut normed: Option<Tensor> = None;
+        while let Some((s, block)) = blocks.next() {
+            let inner = match normed {
+                Some(normed) => block.inner(&normed, s / 2, batch, cache)?,
+                None => self.inner(block, s, &hidden, batch, cache)?,
+            };
+            let update = block.output().forward(&inner)?;
+            let next = blocks.peek().filter(|_| self.config.pre_norm).map(|(_, next)| &next.norm);
+            (hidden, normed) = match next.map(|norm| norm.after_sum(&hidden, &update)).transpose()?.flatten() {
+                Some((sum, normed)) => (sum, Some(normed)),
+                None => (self.add(block, &hidden, &update)?, None),
+            };
         }
         Ok(hidden)
     }

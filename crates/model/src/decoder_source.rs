@@ -48,6 +48,8 @@ impl Numbers {
 
 /// Little-endian elements, rounded to `dtype`.
 fn bytes(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
+    // (a view's own numbers: the whole memory behind it would be copied)
+    let tensor = if tensor.device().is_cpu() { tensor.clone() } else { tensor.force_contiguous()? };
     let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?.to_dtype(dtype)?;
     Ok(match dtype {
         DType::BF16 => flat.to_vec1::<half::bf16>()?.into_iter().flat_map(half::bf16::to_le_bytes).collect(),

@@ -3,6 +3,7 @@
 use crate::{Error, Result, WeightType};
 use candle_core::{DType, Device};
 use std::str::FromStr;
+use std::sync::{PoisonError, RwLock};
 
 /// What `--device` may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -55,11 +56,78 @@ impl DeviceChoice {
             Self::Cuda(_) if !built => {
                 Err(Error::Device("this build has no CUDA support: build with `--features cuda` (docs/cuda.md), or use --device cpu".into()))
             }
-            Self::Cuda(n) => Device::new_cuda(n).map_err(|e| Error::Device(format!("CUDA device {n} can't be opened: {e}"))),
-            Self::Auto if built => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            Self::Cuda(n) => cuda(n).map_err(|e| Error::Device(format!("CUDA device {n} can't be opened: {e}"))),
+            Self::Auto if built => Ok(cuda(0).unwrap_or(Device::Cpu)),
             Self::Auto => Ok(Device::Cpu),
         }
     }
+}
+
+/// A CUDA device with one stream of its own, on which everything happens in order, whichever thread asks for it.
+///
+/// It is never closed, but given to the next who asks when nobody has it any more: closing one waits for all that the GPU does, which can't be while
+/// another one's graph is recorded.
+#[cfg(feature = "cuda")]
+fn cuda(number: usize) -> candle_core::Result<Device> {
+    use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::driver::{result, sys};
+    use std::sync::{Arc, Mutex};
+
+    static OPENED: Mutex<Vec<(usize, Device)>> = Mutex::new(Vec::new());
+    let _not_recording = not_recording();
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    for (_, device) in opened.iter().filter(|(of, _)| *of == number) {
+        // every copy of a device holds this, all its tensors among them; here are two
+        if Arc::strong_count(&device.as_cuda_device()?.cublas_handle()) == 2 {
+            return Ok(device.clone());
+        }
+    }
+    let device = Device::new_cuda_with_stream(number)?;
+    let of = device.as_cuda_device()?;
+    // SAFETY: events order what several streams do with one tensor; tensors of this device are used on its one stream only
+    unsafe { of.disable_event_tracking() };
+    // memory that was freed stays with the process; by default the system gets it back whenever the GPU is waited for
+    let mut keep = u64::MAX;
+    let stream = of.cuda_stream();
+    // SAFETY: the attribute is a number of 64 bits
+    unsafe {
+        let pool = result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
+        result::mem_pool::set_attribute(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, (&raw mut keep).cast()).w()?;
+    }
+    opened.push((number, device.clone()));
+    Ok(device)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(number: usize) -> candle_core::Result<Device> {
+    Device::new_cuda(number)
+}
+
+/// Held while a graph is recorded.
+static RECORDING: RwLock<()> = RwLock::new(());
+
+/// Waits until nobody else uses a GPU's streams, and keeps them away.
+#[cfg(feature = "flash-attn")]
+pub(crate) fn recording() -> impl Drop {
+    RECORDING.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Keeps graphs from being recorded for as long as the result lives. For whoever uses a model's device on another thread than the one that serves it: what he
+/// launches would become part of the graph.
+#[must_use]
+pub fn not_recording() -> impl Drop {
+    RECORDING.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes a GPU known to this thread. Tensors are freed on the thread that drops them, which may have had nothing to do with it before.
+pub fn bind_thread(device: &Device) {
+    #[cfg(feature = "cuda")]
+    if let Ok(device) = device.as_cuda_device()
+        && let Err(error) = device.cuda_stream().context().bind_to_thread()
+    {
+        tracing::warn!(%error, "a thread has no access to the GPU: memory isn't freed");
+    }
+    let _ = device;
 }
 
 /// What to hold a model's matrices in: `None` picks f32 on the CPU and bf16 on CUDA. On the CPU sums, activations and caches are f32 whatever it is.

@@ -77,6 +77,25 @@ impl Linear {
         Ok(Self { weight: Matrix::of(&self.weight()?, held)?, bias: self.bias.clone() })
     }
 
+    /// All of these over one input as a single layer, and they themselves as views of it, where one product is faster than several: plain matrices of one
+    /// type on a GPU. Elsewhere they stay as they are.
+    pub(crate) fn joined<const N: usize>(layers: [Self; N]) -> Result<(Option<Self>, [Self; N])> {
+        let Some(weight) = Matrix::joined(layers.each_ref().map(|l| &l.weight))? else { return Ok((None, layers)) };
+        let biases: Vec<&Tensor> = layers.iter().filter_map(|l| l.bias.as_ref()).collect();
+        if !biases.is_empty() && biases.len() < N {
+            return Ok((None, layers));
+        }
+        let bias = if biases.is_empty() { None } else { Some(Tensor::cat(&biases, 0)?) };
+        let joint = Self { weight, bias };
+        let mut first = 0;
+        let views = layers.into_iter().map(|layer| {
+            first += layer.outputs();
+            Ok(Self { weight: joint.weight.part(first - layer.outputs(), layer.outputs())?, bias: layer.bias })
+        });
+        let views = views.collect::<Result<Vec<_>>>()?.try_into().map_err(|_| crate::Error::Input("a layer was lost".into()))?;
+        Ok((Some(joint), views))
+    }
+
     /// What the weight is held in.
     pub fn held(&self) -> Held {
         self.weight.held()
@@ -199,6 +218,16 @@ impl Norm {
 
     pub(crate) fn is_stored(&self) -> bool {
         self.stored
+    }
+
+    /// hidden + update, [rows, width] each, and the norm of that, where the device has a kernel for both at once.
+    pub(crate) fn after_sum(&self, hidden: &Tensor, update: &Tensor) -> Result<Option<(Tensor, Tensor)>> {
+        #[cfg(feature = "cuda")]
+        if hidden.device().is_cuda() && self.bias.is_none() {
+            return crate::cuda::add_rms_norm(hidden, update, &self.weight, self.eps).map(Some);
+        }
+        let _ = (hidden, update);
+        Ok(None)
     }
 
     /// x [.., width] -> the same shape.

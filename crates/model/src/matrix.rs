@@ -152,6 +152,13 @@ impl Matrix {
         }
     }
 
+    /// One matrix of the rows of all of them, a copy; `None` where that gains nothing, which is anywhere but on a GPU.
+    pub fn joined<const N: usize>(matrices: [&Self; N]) -> Result<Option<Self>> {
+        let plain: Vec<&Tensor> = matrices.iter().filter_map(|m| if let Self::Plain(tensor) = m { Some(tensor) } else { None }).collect();
+        let alike = plain.len() == N && plain.iter().all(|t| t.device().is_cuda() && t.dtype() == plain[0].dtype());
+        if alike { Ok(Some(Self::Plain(Tensor::cat(&plain, 0)?))) } else { Ok(None) }
+    }
+
     /// What it is held in.
     pub fn held(&self) -> Held {
         match self {
@@ -185,6 +192,14 @@ impl Matrix {
             Self::Plain(tensor) => Self::Plain(tensor.narrow(0, 0, rows)?),
             Self::Packed(of) => Self::Packed(Packed { rows, ..of.clone() }),
         })
+    }
+
+    /// Some rows of plain numbers, as a view.
+    pub fn part(&self, first: usize, rows: usize) -> Result<Self> {
+        match self {
+            Self::Plain(tensor) => Ok(Self::Plain(tensor.narrow(0, first, rows)?)),
+            Self::Packed(_) => Err(Error::Input("a matrix that is laid out for the CPU has no parts".into())),
+        }
     }
 
     /// The first columns, as a view; a copy where the device's products take whole matrices only.

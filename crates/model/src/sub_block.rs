@@ -10,8 +10,7 @@ use crate::config::Activation;
 use crate::kernels;
 use crate::linear::{Linear, Norm};
 use crate::{Error, Result};
-use candle_core::{DType, Tensor};
-use candle_nn::rotary_emb::rope_thd;
+use candle_core::Tensor;
 
 /// One attention or MLP sub-block with its norm. Cloning and narrowing share the weights.
 #[derive(Debug, Clone)]
@@ -28,6 +27,8 @@ pub(crate) enum Inner {
         q: Linear,
         k: Linear,
         v: Linear,
+        /// All three as one layer over the same weights, where that is one product on the device.
+        joint: Option<Linear>,
         /// Qwen3's norms of every query and key head.
         qk_norm: Option<(Norm, Norm)>,
         spec: AttentionSpec,
@@ -36,6 +37,8 @@ pub(crate) enum Inner {
         /// Gated families only.
         gate: Option<Linear>,
         up: Linear,
+        /// Both as one layer, likewise.
+        joint: Option<Linear>,
         activation: Activation,
     },
 }
@@ -43,10 +46,7 @@ pub(crate) enum Inner {
 impl SubBlock {
     /// Key/value groups of an attention, channels of an MLP.
     pub fn width(&self) -> usize {
-        match &self.inner {
-            Inner::Attention { spec, .. } => spec.kv_groups,
-            Inner::Mlp { up, .. } => up.outputs(),
-        }
+        self.inner.width()
     }
 
     /// Inputs of the output layer that one unit of width stands for: `group_size * head_dim`, or 1.
@@ -123,16 +123,11 @@ impl SubBlock {
         }
         let rows = |layer: &Linear, per_unit: usize| layer.select_out(&expand(order, per_unit));
         let inner = match &self.inner {
-            Inner::Attention { q, k, v, qk_norm, spec } => Inner::Attention {
-                q: rows(q, spec.group_size * spec.head_dim)?,
-                k: rows(k, spec.head_dim)?,
-                v: rows(v, spec.head_dim)?,
-                qk_norm: qk_norm.clone(),
-                spec: AttentionSpec { kv_groups: order.len(), ..*spec },
-            },
-            Inner::Mlp { gate, up, activation } => {
-                Inner::Mlp { gate: gate.as_ref().map(|g| rows(g, 1)).transpose()?, up: rows(up, 1)?, activation: *activation }
+            Inner::Attention { q, k, v, qk_norm, spec, .. } => {
+                let qkv = [rows(q, spec.group_size * spec.head_dim)?, rows(k, spec.head_dim)?, rows(v, spec.head_dim)?];
+                Inner::attention(qkv, qk_norm.clone(), AttentionSpec { kv_groups: order.len(), ..*spec })?
             }
+            Inner::Mlp { gate, up, activation, .. } => Inner::mlp(gate.as_ref().map(|g| rows(g, 1)).transpose()?, rows(up, 1)?, *activation)?,
         };
         Ok(Self { inner, output: self.output.select_in(&expand(order, self.unit()))?, norm: self.norm.clone() })
     }
@@ -140,55 +135,112 @@ impl SubBlock {
     /// Normed x [tokens, hidden] -> inputs of the output layer, [tokens, width * unit].
     pub(crate) fn inner(&self, x: &Tensor, layer: usize, batch: &Batch, cache: &mut dyn KvCache) -> Result<Tensor> {
         match &self.inner {
-            Inner::Attention { q, k, v, qk_norm, spec } => {
+            Inner::Attention { q, k, v, joint, qk_norm, spec } => {
                 let AttentionSpec { kv_groups, head_dim, .. } = *spec;
                 let tokens = x.dim(0)?;
-                let [q, k, v] = Linear::forward_all([q, k, v], x)?;
-                let mut q = q.reshape((tokens, spec.heads(), head_dim))?;
-                let mut k = k.reshape((tokens, kv_groups, head_dim))?;
-                let v = v.reshape((tokens, kv_groups, head_dim))?;
+                let widths = [spec.heads(), kv_groups, kv_groups];
+                let [mut q, mut k, v] = match joint {
+                    Some(joint) => parts(&joint.forward(x)?.reshape((tokens, widths.iter().sum::<usize>(), head_dim))?, widths)?,
+                    None => {
+                        let [q, k, v] = Linear::forward_all([q, k, v], x)?;
+                        let heads = |t: Tensor, count: usize| t.reshape((tokens, count, head_dim));
+                        [heads(q, widths[0])?, heads(k, widths[1])?, heads(v, widths[2])?]
+                    }
+                };
                 if let Some((q_norm, k_norm)) = qk_norm {
                     (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
                 }
-                if let Some((cos, sin)) = &batch.rope {
-                    let rotate = |t: Tensor| -> Result<Tensor> {
-                        if t.device().is_cpu() && t.dtype() == DType::F32 {
-                            return kernels::elementwise::rotate(&t, cos, sin);
-                        }
-                        Ok(rope_thd(&t.unsqueeze(0)?, cos, sin)?.squeeze(0)?)
-                    };
-                    (q, k) = (rotate(q)?, rotate(k)?);
+                if let Some(angles) = &batch.rope {
+                    (q, k) = rotate(&q, &k, angles)?;
                 }
                 cache.attend(layer, spec, &q, &k, &v, batch)
             }
-            Inner::Mlp { gate, up, activation } => {
+            Inner::Mlp { gate, up, joint, activation } => {
                 let Some(gate) = gate else { return activate(&up.forward(x)?, *activation) };
-                let [gate, up] = Linear::forward_all([gate, up], x)?;
-                if *activation == Activation::Silu && gate.device().is_cpu() && gate.dtype() == DType::F32 {
-                    return kernels::elementwise::silu_mul(&gate, &up);
+                let [gate, up] = match joint {
+                    Some(joint) => parts(&joint.forward(x)?, [gate.outputs(), up.outputs()])?,
+                    None => Linear::forward_all([gate, up], x)?,
+                };
+                if *activation != Activation::Silu {
+                    return Ok((activate(&gate, *activation)? * up)?);
                 }
-                Ok((activate(&gate, *activation)? * up)?)
+                silu_mul(&gate, &up)
             }
         }
     }
 }
 
+/// Neighbouring parts of the second dimension, of these widths.
+fn parts<const N: usize>(of: &Tensor, widths: [usize; N]) -> Result<[Tensor; N]> {
+    let mut first = 0;
+    let parts = widths.map(|width| {
+        first += width;
+        of.narrow(1, first - width, width)
+    });
+    let parts = parts.into_iter().collect::<candle_core::Result<Vec<_>>>()?;
+    parts.try_into().map_err(|_| Error::Input("a part was lost".into()))
+}
+
+/// Rotary embedding of q [tokens, heads, d] and k [tokens, kv_groups, d] by (cos, sin).
+fn rotate(q: &Tensor, k: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if q.device().is_cuda() {
+        return crate::cuda::rotate(q, k, cos, sin);
+    }
+    Ok((kernels::elementwise::rotate(q, cos, sin)?, kernels::elementwise::rotate(k, cos, sin)?))
+}
+
+/// silu(gate) * up, [tokens, width].
+fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if gate.device().is_cuda() {
+        return crate::cuda::silu_mul(gate, up);
+    }
+    kernels::elementwise::silu_mul(gate, up)
+}
+
 impl Inner {
+    fn width(&self) -> usize {
+        match self {
+            Self::Attention { spec, .. } => spec.kv_groups,
+            Self::Mlp { up, .. } => up.outputs(),
+        }
+    }
+
+    /// Queries, keys and values, as one product where the device does that.
+    pub fn attention(qkv: [Linear; 3], qk_norm: Option<(Norm, Norm)>, spec: AttentionSpec) -> Result<Self> {
+        let (joint, [q, k, v]) = Linear::joined(qkv)?;
+        Ok(Self::Attention { q, k, v, joint, qk_norm, spec })
+    }
+
+    /// Gate and up, as one product where the device does that.
+    pub fn mlp(gate: Option<Linear>, up: Linear, activation: Activation) -> Result<Self> {
+        let Some(gate) = gate else { return Ok(Self::Mlp { gate, up, joint: None, activation }) };
+        let (joint, [gate, up]) = Linear::joined([gate, up])?;
+        Ok(Self::Mlp { gate: Some(gate), up, joint, activation })
+    }
+
     fn narrowed(&self, width: usize) -> Result<Self> {
+        if width == self.width() {
+            return Ok(self.clone());
+        }
+        // (the parts that are left don't lie side by side)
+        let joint = None;
         Ok(match self {
-            Self::Attention { q, k, v, qk_norm, spec } => {
+            Self::Attention { q, k, v, qk_norm, spec, .. } => {
                 let spec = AttentionSpec { kv_groups: width, ..*spec };
                 let kv_width = width * spec.head_dim;
                 Self::Attention {
                     q: q.narrow_out(spec.heads() * spec.head_dim)?,
                     k: k.narrow_out(kv_width)?,
                     v: v.narrow_out(kv_width)?,
+                    joint,
                     qk_norm: qk_norm.clone(),
                     spec,
                 }
             }
-            Self::Mlp { gate, up, activation } => {
-                Self::Mlp { gate: gate.as_ref().map(|g| g.narrow_out(width)).transpose()?, up: up.narrow_out(width)?, activation: *activation }
+            Self::Mlp { gate, up, activation, .. } => {
+                Self::Mlp { gate: gate.as_ref().map(|g| g.narrow_out(width)).transpose()?, up: up.narrow_out(width)?, joint, activation: *activation }
             }
         })
     }

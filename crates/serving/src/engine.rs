@@ -8,6 +8,7 @@ use crate::scheduler::{Limits, Scheduler, Withdrawn};
 use crate::sequence::Sequence;
 use crate::speculation::{Drafting, Judged, Speculation};
 use crate::stats::Shared;
+use evop_model::device::bind_thread;
 use evop_model::{BLOCK_TOKENS, DType, Decoder, Elastic, KvPool, Positions};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,6 +44,8 @@ pub struct EngineConfig {
     pub kv_dtype: DType,
     /// Whether a thinner form of the model drafts for the whole one. The tokens stay the same.
     pub speculation: Option<Speculation>,
+    /// Whether steps that generate are recorded as CUDA graphs and replayed, where the device can.
+    pub cuda_graphs: bool,
 }
 
 impl EngineConfig {
@@ -53,7 +56,17 @@ impl EngineConfig {
         let kv_dtype = decoder.dtype();
         let one = max_model_len * decoder.config().kv_bytes_per_token(kv_dtype.size_in_bytes());
         let kv_budget_bytes = (max_concurrent * one).min(DEFAULT_KV_BUDGET_BYTES).max(one);
-        Self { max_concurrent, max_queue: 256, max_batch_tokens: 512, decode_slowdown: Some(1.8), max_model_len, kv_budget_bytes, kv_dtype, speculation: None }
+        Self {
+            max_concurrent,
+            max_queue: 256,
+            max_batch_tokens: 512,
+            decode_slowdown: Some(1.8),
+            max_model_len,
+            kv_budget_bytes,
+            kv_dtype,
+            speculation: None,
+            cuda_graphs: true,
+        }
     }
 
     fn validate(&self, members: usize) -> Result<(), Error> {
@@ -138,8 +151,9 @@ impl Engine {
             )));
         }
         let blocks = blocks(decoder, &config);
-        let drafter = config.speculation.map_or(0, |s| s.member);
-        Self::spawn(ModelRunner::new(model, blocks, config.kv_dtype, drafter).map_err(Error::Cache)?, eos_token_ids, config)
+        let (drafter, drafts) = config.speculation.map_or((0, 0), |s| (s.member, s.most));
+        let graph_rows = if config.cuda_graphs { config.max_concurrent.saturating_mul(1 + drafts) } else { 0 };
+        Self::spawn(ModelRunner::new(model, blocks, config.kv_dtype, drafter, graph_rows).map_err(Error::Cache)?, eos_token_ids, config)
     }
 
     fn spawn(runner: ModelRunner, eos_token_ids: Vec<u32>, config: EngineConfig) -> Result<EngineHandle, Error> {
@@ -160,6 +174,7 @@ impl Engine {
 
     fn run(mut self) {
         let device = self.runner.device().clone();
+        bind_thread(&device);
         while self.receive() {
             device.with_context(|| self.step());
         }
@@ -360,7 +375,7 @@ mod tests {
         let decoder = checkpoint.decoder(&Device::Cpu, DType::F32).unwrap();
         // one token a step and sequence, two sequences: the second request's prompt is still read while the first decodes
         let config = EngineConfig { max_batch_tokens: 2, max_concurrent: 2, ..EngineConfig::for_decoder(&decoder) };
-        let mut runner = ModelRunner::new(decoder.into(), 64, DType::F32, 0).unwrap();
+        let mut runner = ModelRunner::new(decoder.into(), 64, DType::F32, 0, 0).unwrap();
         runner.fault = Some(fault);
         Engine::spawn(runner, vec![0], config).unwrap()
     }
@@ -428,6 +443,7 @@ mod tests {
             kv_budget_bytes: 0,
             kv_dtype: DType::F32,
             speculation: None,
+            cuda_graphs: true,
         };
         assert!(config.validate(1).unwrap_err().to_string().starts_with("max_batch_tokens"));
         assert!(EngineConfig { max_concurrent: 0, ..config }.validate(1).is_err());

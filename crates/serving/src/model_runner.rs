@@ -3,7 +3,7 @@
 use crate::logprobs::token_logprobs;
 use crate::sampler::Sampler;
 use crate::sequence::Sequence;
-use evop_model::{DType, Decoder, Device, Elastic, KvPool, Result, Span, Tensor};
+use evop_model::{DType, Decoder, Device, Elastic, KvPool, Result, Span, StepGraphs, Tensor};
 
 /// Rows of logits that prompt scoring holds at a time: bounds memory for large vocabularies.
 const PROMPT_LOGITS_ROWS: usize = 64;
@@ -15,6 +15,8 @@ pub(crate) type Fault = fn(&[u32]) -> Result<()>;
 /// Owns the model and its keys and values; all of it happens on the engine's thread.
 #[derive(Debug)]
 pub(crate) struct ModelRunner {
+    /// (dropped before what they use)
+    graphs: StepGraphs,
     model: Elastic,
     pool: KvPool,
     /// The member that drafts.
@@ -25,10 +27,11 @@ pub(crate) struct ModelRunner {
 }
 
 impl ModelRunner {
-    /// With so many blocks of 32 tokens, their keys and values held in `kv_dtype`.
-    pub fn new(model: Elastic, blocks: usize, kv_dtype: DType, drafter: usize) -> Result<Self> {
+    /// With so many blocks of 32 tokens, their keys and values held in `kv_dtype`. Steps that generate are replayed up to so many rows, where the device can.
+    pub fn new(model: Elastic, blocks: usize, kv_dtype: DType, drafter: usize, graph_rows: usize) -> Result<Self> {
         let decoder = model.parent();
         Ok(Self {
+            graphs: if graph_rows > 0 { StepGraphs::new(&model, graph_rows)? } else { StepGraphs::default() },
             pool: KvPool::new(decoder.config(), kv_dtype, decoder.device(), blocks)?,
             model,
             drafter,
@@ -65,7 +68,16 @@ impl ModelRunner {
         let members: Vec<usize> = scheduled.iter().map(|s| s.group.member).collect();
         let spans: Vec<Span> = scheduled.iter().map(|s| s.span()).collect();
         let tokens: Vec<u32> = scheduled.iter().flat_map(|s| s.scheduled_tokens()).collect();
-        let hidden = self.forward(&tokens, &spans, &members, scheduled.iter().map(|s| s.table.as_slice()).collect())?;
+        let tables: Vec<&[u32]> = scheduled.iter().map(|s| s.table.as_slice()).collect();
+        let vocab = self.decoder().config().vocab_size;
+        // after every token one is sampled: what drafts and what was generated before
+        if scheduled.iter().all(|s| s.samples() && s.scheduled == 1 && s.prompt_logprobs_wanted().is_none())
+            && let Some(logits) = self.replay(&tokens, &spans, &members, &tables)?
+        {
+            sample(scheduled, logits, vocab);
+            return Ok(());
+        }
+        let hidden = self.forward(&tokens, &spans, &members, tables)?;
         let mut sampling_rows = Vec::new();
         let mut start = 0;
         for (sequence, span) in scheduled.iter_mut().zip(&spans) {
@@ -83,13 +95,7 @@ impl ModelRunner {
         }
         let rows = Tensor::new(sampling_rows, self.device())?;
         let logits = self.logits(&hidden.index_select(&rows, 0)?)?;
-        let vocab = self.decoder().config().vocab_size;
-        let mut left = logits.as_slice();
-        for sequence in scheduled.into_iter().filter(|s| s.samples()) {
-            let (own, others) = left.split_at((1 + sequence.drafts.len()) * vocab);
-            check(sequence, own.chunks_exact(vocab));
-            left = others;
-        }
+        sample(scheduled, &logits, vocab);
         Ok(())
     }
 
@@ -108,10 +114,18 @@ impl ModelRunner {
             }
             let spans: Vec<Span> = guessing.iter().map(|(s, _)| Span { past: s.computed + s.drafts.len(), len: 1 }).collect();
             let tokens: Vec<u32> = guessing.iter().filter_map(|(s, _)| s.scheduled_tokens().last()).collect();
-            let tables = guessing.iter().map(|(s, _)| s.table.as_slice()).collect();
-            let hidden = self.forward(&tokens, &spans, &vec![self.drafter; spans.len()], tables)?;
-            let logits = self.logits(&hidden)?;
-            for ((sequence, sampler), row) in guessing.iter_mut().zip(logits.chunks_exact(self.decoder().config().vocab_size)) {
+            let tables: Vec<&[u32]> = guessing.iter().map(|(s, _)| s.table.as_slice()).collect();
+            let (members, vocab) = (vec![self.drafter; spans.len()], self.decoder().config().vocab_size);
+            let launched;
+            let logits = match self.replay(&tokens, &spans, &members, &tables)? {
+                Some(logits) => logits,
+                None => {
+                    let hidden = self.forward(&tokens, &spans, &members, tables)?;
+                    launched = self.logits(&hidden)?;
+                    &launched
+                }
+            };
+            for ((sequence, sampler), row) in guessing.iter_mut().zip(logits.chunks_exact(vocab)) {
                 match sampler.sample(row) {
                     Ok(guess) => sequence.drafts.push(guess.id),
                     // the whole model will say what is wrong, if it is
@@ -119,6 +133,12 @@ impl ModelRunner {
                 }
             }
         }
+    }
+
+    /// Logits after every token of a step of one member, by a recorded pass; `None` where there is none for it.
+    fn replay(&mut self, tokens: &[u32], spans: &[Span], members: &[usize], tables: &[&[u32]]) -> Result<Option<&[f32]>> {
+        let Some(member) = members.first().filter(|first| self.graphs.are_on() && members.iter().all(|m| m == *first)) else { return Ok(None) };
+        self.graphs.logits(*member, tokens, spans, &mut self.pool.paged(tables.to_vec()))
     }
 
     /// [tokens, hidden_size], the sequences packed one after the other, each through its member and over its blocks.
@@ -154,6 +174,16 @@ impl ModelRunner {
             row += block.len();
         }
         Ok(())
+    }
+}
+
+/// Samples for the sequences that wait for it, out of their logits one row after the other.
+fn sample(scheduled: Vec<&mut Sequence>, logits: &[f32], vocab: usize) {
+    let mut left = logits;
+    for sequence in scheduled.into_iter().filter(|s| s.samples()) {
+        let (own, others) = left.split_at((1 + sequence.drafts.len()) * vocab);
+        check(sequence, own.chunks_exact(vocab));
+        left = others;
     }
 }
 

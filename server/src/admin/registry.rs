@@ -70,7 +70,7 @@ impl Registry {
         let mut arguments = match &self.source {
             ModelSource::Bundled => Vec::new(),
             ModelSource::Local(_) => vec!["--model".into(), self.base()],
-            ModelSource::Hub { .. } => vec!["--model".into(), self.source.name()],
+            ModelSource::Hub { .. } | ModelSource::Random(_) => vec!["--model".into(), self.source.name()],
         };
         if let (ModelSource::Hub { .. }, Some(revision)) = (&self.source, &self.revision) {
             arguments.extend(["--revision".into(), revision.clone()]);

@@ -3,19 +3,17 @@
 mod matmul;
 mod search;
 mod serve;
-mod shape;
 
 use super::model_args::ModelArgs;
 use crate::config::KvDTypeChoice;
 use crate::models::ModelSource;
+use crate::shape::Shape;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use evop_model::device::weight_type;
-use evop_model::{Config, Decoder, FixedCache, PagedCache, Span};
+use evop_model::{Config, Decoder, FixedCache, PagedCache, Span, StepGraphs};
 use matmul::Matmul;
 use rayon::prelude::*;
 use serde::Serialize;
-use shape::Shape;
 use std::time::Instant;
 
 /// Options of `evop bench`.
@@ -56,9 +54,11 @@ pub struct MeasuredArgs {
 impl MeasuredArgs {
     /// The checkpoint or the random weights, loaded.
     pub fn load(&self) -> Result<Decoder> {
-        let Some(shape) = self.random else { return self.model.decoder_to_run(&self.model.checkpoint()?) };
-        let device = self.model.device.open()?;
-        shape.decoder(&device, weight_type(&device, self.model.dtype.weights())?)
+        let checkpoint = match self.random {
+            Some(shape) => shape.checkpoint()?,
+            None => self.model.checkpoint()?,
+        };
+        self.model.decoder_to_run(&checkpoint)
     }
 }
 
@@ -98,6 +98,9 @@ pub struct DecodeArgs {
     /// Tokens of each sequence in a step: more than 1 is what checking drafts costs. All of them are counted.
     #[arg(long, value_name = "TOKENS", default_value_t = 1)]
     pub step_tokens: usize,
+    /// On CUDA, launch kernels one by one instead of replaying recorded steps (CUDA graphs).
+    #[arg(long)]
+    pub no_cuda_graphs: bool,
 }
 
 /// Options of `evop bench prefill`.
@@ -119,7 +122,7 @@ struct Line {
     tokens_per_second: [f64; 3],
     /// The same of the other checkpoint.
     against: Option<[f64; 3]>,
-    /// Decoding: weights, keys and values read, in GB/s, and their share of what this machine reads (a CPU's).
+    /// Decoding: weights, keys and values read, in GB/s, and their share of what the device reads (a GPU's: reads and writes of a copy).
     gigabytes_per_second: Option<f64>,
     share_of_bandwidth: Option<f64>,
     /// A prompt: products in GFLOP/s, and their share of what this machine multiplies in the weights' type.
@@ -141,7 +144,8 @@ pub fn run(args: &BenchArgs, threads: usize) -> Result<()> {
             let work = |d: &Decoder, size| Work::of_step(d, a.common.kv_dtype, size, a.step_tokens, a.prompt + a.tokens / 2);
             let tokens = a.tokens.next_multiple_of(a.step_tokens.max(1));
             speeds(&a.common, "sequences", &a.batch, least, a.prompt + tokens, work, |d, size| {
-                decode(d, a.common.kv_dtype, size, a.prompt, tokens, a.step_tokens)
+                let steps = Steps { sequences: size, prompt: a.prompt, tokens, step_tokens: a.step_tokens, cuda_graphs: !a.no_cuda_graphs };
+                decode(d, a.common.kv_dtype, &steps)
             })
         }
         Bench::Prefill(a) => {
@@ -218,8 +222,8 @@ fn speeds(
             if let Some(other) = &other {
                 others.push(measure(other, *size)?);
             }
-            if decoding && decoder.device().is_cpu() {
-                bandwidth.push(read_bandwidth());
+            if decoding {
+                bandwidth.push(if decoder.device().is_cpu() { read_bandwidth() } else { copy_bandwidth(&decoder)? });
             }
             if let Some(product) = &product {
                 matmul.push(product.gflops()?);
@@ -283,6 +287,24 @@ fn read_bandwidth() -> f64 {
     (WORDS * size_of::<u64>()) as f64 / started.elapsed().as_secs_f64()
 }
 
+/// Bytes a second that a GPU reads and writes when it copies.
+fn copy_bandwidth(decoder: &Decoder) -> Result<f64> {
+    /// 1 GiB.
+    const NUMBERS: usize = 256 << 20;
+    /// Copies in a row: one is over before its launch has been paid.
+    const COPIES: usize = 8;
+    let memory = evop_model::Tensor::zeros(NUMBERS, evop_model::DType::F32, decoder.device())?;
+    let copies = || -> Result<()> {
+        for _ in 0..COPIES {
+            memory.copy()?;
+        }
+        Ok(())
+    };
+    copies()?;
+    let seconds = search::seconds(decoder, &copies)?;
+    Ok((COPIES * 2 * NUMBERS * size_of::<f32>()) as f64 / seconds)
+}
+
 /// Median, least and most.
 fn spread(mut values: Vec<f64>) -> [f64; 3] {
     values.sort_by(f64::total_cmp);
@@ -294,8 +316,24 @@ fn token(i: usize, config: &Config) -> u32 {
     ((i * 7919 + 13) % config.vocab_size) as u32
 }
 
-/// New tokens a second over all of `sequences` at once, so many of each a step (whose number divides `tokens`), after prompts that aren't timed.
-pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prompt: usize, tokens: usize, step_tokens: usize) -> Result<f64> {
+/// What is decoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Steps {
+    /// So many at once.
+    pub sequences: usize,
+    /// Tokens of each that are there before.
+    pub prompt: usize,
+    /// New tokens of each.
+    pub tokens: usize,
+    /// So many of each a step; it divides their number.
+    pub step_tokens: usize,
+    /// Whether steps are replayed, where the device can.
+    pub cuda_graphs: bool,
+}
+
+/// New tokens a second over all sequences; prompts aren't timed.
+pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, steps: &Steps) -> Result<f64> {
+    let Steps { sequences, prompt, tokens, step_tokens, cuda_graphs } = *steps;
     let config = decoder.config();
     let mut cache = FixedCache::new(config, kv_dtype.of(decoder.dtype()), decoder.device(), &vec![prompt + tokens; sequences])?;
     let mut next = Vec::with_capacity(sequences);
@@ -303,12 +341,29 @@ pub fn decode(decoder: &Decoder, kv_dtype: KvDTypeChoice, sequences: usize, prom
         let ids: Vec<u32> = (0..prompt).map(|i| token(i + 31 * s, config)).collect();
         next.extend(step(decoder, &ids, &[Span { past: 0, len: prompt }], cache.of([s]))?);
     }
+    let mut graphs = if cuda_graphs { StepGraphs::new(&decoder.clone().into(), sequences * step_tokens)? } else { StepGraphs::default() };
+    let mut generate = |next: &[u32], past: usize| -> Result<Vec<u32>> {
+        let ids: Vec<u32> = next.iter().flat_map(|id| std::iter::repeat_n(*id, step_tokens)).collect();
+        let spans = vec![Span { past, len: step_tokens }; sequences];
+        match graphs.logits(0, &ids, &spans, &mut cache.of(0..sequences))? {
+            Some(logits) => Ok(logits.chunks_exact(config.vocab_size).skip(step_tokens - 1).step_by(step_tokens).map(most_likely).collect()),
+            None => step(decoder, &ids, &spans, cache.of(0..sequences)),
+        }
+    };
+    // (what is done once, at the first step of a size, isn't timed)
+    generate(&next, prompt + tokens - step_tokens)?;
+    generate(&next, prompt)?;
     let started = Instant::now();
     for past in (prompt..prompt + tokens).step_by(step_tokens) {
-        let ids: Vec<u32> = next.iter().flat_map(|id| std::iter::repeat_n(*id, step_tokens)).collect();
-        next = step(decoder, &ids, &vec![Span { past, len: step_tokens }; sequences], cache.of(0..sequences))?;
+        next = generate(&next, past)?;
     }
     Ok((sequences * tokens) as f64 / started.elapsed().as_secs_f64())
+}
+
+/// The index of the largest.
+fn most_likely(logits: &[f32]) -> u32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|logit| *logit == largest).unwrap_or(0) as u32
 }
 
 /// Prompt tokens a second of one sequence, to its first new token.

@@ -3,7 +3,8 @@
 use super::model_args::{ModelArgs, bundled_held_out};
 use anyhow::{Result, bail};
 use clap::Args;
-use evop_model::{DType, Decoder, Device, FixedCache, NoCache, Span};
+use evop_model::{DType, Decoder, Device, Elastic, FixedCache, Gene, NoCache, Pattern, Span, StepGraphs, Widths};
+use serde::Serialize;
 use serde_json::json;
 
 /// Options of `evop compare-devices`.
@@ -39,20 +40,24 @@ pub fn run(args: &CompareDevicesArgs) -> Result<()> {
         let decoder = checkpoint.decoder(&device, dtype)?;
         let (found, found_tokens) = (logits(&decoder, &tokens)?, greedy(&decoder, &tokens, args.generated)?);
         let largest = expected.iter().flatten().zip(found.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-        let argmax = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
         let agreeing = expected.iter().zip(&found).filter(|(a, b)| argmax(a) == argmax(b)).count();
         let paged = paged(&decoder, &tokens)?;
         let unlike_paged = found.iter().flatten().zip(paged.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         let agreeing_paged = found.iter().zip(&paged).filter(|(a, b)| argmax(a) == argmax(b)).count();
+        let recorded = recorded(&decoder, &tokens)?;
         let equal_tokens = expected_tokens.iter().zip(&found_tokens).take_while(|(a, b)| a == b).count();
         println!(
             "{}",
             json!({ "model": checkpoint.path(), "device": args.model.device.to_string(), "dtype": format!("{dtype:?}"), "largest_logit_difference": largest,
                     "rows": tokens.len(), "rows_with_the_same_argmax": agreeing,
+                    "recorded_steps": recorded,
                     "largest_difference_paged": unlike_paged, "rows_with_the_same_argmax_paged": agreeing_paged, "greedy_tokens": args.generated, "greedy_tokens_equal_from_the_start": equal_tokens })
         );
         if dtype == DType::F32 && (largest > F32_TOLERANCE || equal_tokens < args.generated) {
             failed.push(format!("{dtype:?}: logits differ by {largest}, {equal_tokens} of {} greedy tokens agree", args.generated));
+        }
+        if recorded.as_ref().is_some_and(|r| r.rows_with_the_same_argmax * 10 < r.rows * 9) {
+            failed.push(format!("{dtype:?}: recorded steps have other logits than launched ones: {recorded:?}"));
         }
         if agreeing_paged * 10 < tokens.len() * 9 || (dtype == DType::F32 && unlike_paged > F32_TOLERANCE) {
             failed.push(format!(
@@ -82,6 +87,60 @@ fn paged(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
         rows.extend(decoder.logits(&hidden.narrow(0, piece.len(), piece.len())?)?.to_vec2::<f32>()?);
     }
     Ok(rows)
+}
+
+/// Logits of recorded steps beside those of the same steps launched one by one.
+#[derive(Debug, Default, Serialize)]
+struct Recorded {
+    rows: usize,
+    rows_with_the_same_argmax: usize,
+    largest_logit_difference: f32,
+}
+
+/// Three sequences of several lengths, through the whole model and a thinner form, one token a step and three; `None` where steps aren't recorded.
+fn recorded(decoder: &Decoder, tokens: &[u32]) -> Result<Option<Recorded>> {
+    const STEPS: usize = 12;
+    let config = decoder.config();
+    let gene = |(l, layer): (usize, &evop_model::LayerConfig)| Gene {
+        kv_groups: if l == 1 { 0 } else { layer.shape.kv_groups.div_ceil(if l == 2 { 2 } else { 1 }) },
+        ffn: if l == 3 { layer.shape.ffn / 2 } else { layer.shape.ffn },
+    };
+    let thin = Pattern::new(config.layers.iter().enumerate().map(gene).collect(), config)?;
+    let model = Elastic::new(decoder.clone(), &[thin], &Widths::default())?;
+    let mut graphs = StepGraphs::new(&model, 16)?;
+    if !graphs.are_on() {
+        return Ok(None);
+    }
+    let mut found = Recorded::default();
+    for (member, step_tokens) in [(0, 1), (1, 1), (0, 3), (1, 3)] {
+        let prompts = [7, 40, 100].map(|length| length.min(tokens.len()));
+        let capacities = prompts.map(|prompt| prompt + STEPS * step_tokens);
+        let new_cache = || FixedCache::new(config, decoder.dtype(), decoder.device(), &capacities);
+        let (mut launched, mut replayed) = (new_cache()?, new_cache()?);
+        let spans = prompts.map(Span::prompt);
+        let ids: Vec<u32> = prompts.iter().flat_map(|prompt| &tokens[..*prompt]).copied().collect();
+        for cache in [&mut launched, &mut replayed] {
+            model.forward(&ids, &decoder.batch(&spans)?, &[member; 3], &mut cache.of(0..3))?;
+        }
+        for step in 0..STEPS {
+            let spans = prompts.map(|prompt| Span { past: prompt + step * step_tokens, len: step_tokens });
+            let ids: Vec<u32> = (0..3 * step_tokens).map(|i| tokens[(step * 31 + i * 7) % tokens.len()]).collect();
+            let hidden = model.forward(&ids, &decoder.batch(&spans)?, &[member; 3], &mut launched.of(0..3))?;
+            let expected = decoder.logits(&hidden)?.to_vec2::<f32>()?;
+            let Some(logits) = graphs.logits(member, &ids, &spans, &mut replayed.of(0..3))? else { bail!("a step of {} tokens isn't recorded", ids.len()) };
+            for (expected, logits) in expected.iter().zip(logits.chunks_exact(config.vocab_size)) {
+                found.rows += 1;
+                found.rows_with_the_same_argmax += usize::from(argmax(expected) == argmax(logits));
+                let differences = expected.iter().zip(logits).map(|(a, b)| if a.is_nan() || b.is_nan() { f32::INFINITY } else { (a - b).abs() });
+                found.largest_logit_difference = differences.fold(found.largest_logit_difference, f32::max);
+            }
+        }
+    }
+    Ok(Some(found))
+}
+
+fn argmax(row: &[f32]) -> Option<usize> {
+    row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i)
 }
 
 fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Result<Vec<u32>> {

@@ -1,6 +1,6 @@
 //! `evop quickstart`: prune the bundled model with EvoP, show what that did, serve the result and ask it something.
 
-use super::bench;
+use super::bench::{self, Steps};
 use super::child_server::ChildServer;
 use super::http;
 use super::model_args::ModelArgs;
@@ -84,10 +84,11 @@ fn speeds(pruned: &Path) -> Result<(f64, f64)> {
     let load = |checkpoint: Checkpoint| -> Result<Decoder> { Ok(checkpoint.decoder(&device, dtype)?) };
     let dense = load(crate::models::ModelSource::Bundled.open(None)?)?;
     let pruned = load(Checkpoint::open(pruned)?)?;
+    let steps = Steps { sequences: 1, prompt: 1, tokens: MEASURED_TOKENS, step_tokens: 1, cuda_graphs: true };
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        a.push(bench::decode(&dense, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS, 1)?);
-        b.push(bench::decode(&pruned, KvDTypeChoice::Auto, 1, 1, MEASURED_TOKENS, 1)?);
+        a.push(bench::decode(&dense, KvDTypeChoice::Auto, &steps)?);
+        b.push(bench::decode(&pruned, KvDTypeChoice::Auto, &steps)?);
     }
     let median = |mut v: Vec<f64>| {
         v.sort_by(f64::total_cmp);

@@ -60,7 +60,7 @@ pub fn run(args: &VocabArgs) -> Result<()> {
     let model = match &source {
         ModelSource::Bundled => None,
         ModelSource::Local(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()),
-        ModelSource::Hub { .. } => Some(source.name()),
+        ModelSource::Hub { .. } | ModelSource::Random(_) => Some(source.name()),
     };
     let target = Target { format: Format::Hf, weights: args.weights };
     let written = smaller.write(model.as_deref(), args.revision.as_deref(), target, &args.out)?;

@@ -113,6 +113,9 @@ impl Rounded {
 fn run(kernel: Kernel, x: &Rounded, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
     match kernel {
         Kernel::Plain => plain(x, tokens, product, groups),
+        // (nothing of these types' own; plain loops are compiled for the widest registers)
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx2 | Kernel::AvxVnni => plain(x, tokens, product, groups),
         // SAFETY: `Kernel::best` has found the features
         #[cfg(target_arch = "x86_64")]
         Kernel::Vnni => unsafe { vnni::groups(x, tokens, product, groups) },

@@ -126,6 +126,10 @@ pub(super) fn multiply(x: &[f32], tokens: usize, k: usize, products: &[Product<'
 pub(super) enum Kernel {
     Plain,
     #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
     Vnni,
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Amx,
@@ -142,6 +146,14 @@ impl Kernel {
         if vnni::available() {
             return Self::Vnni;
         }
+        #[cfg(target_arch = "x86_64")]
+        if avx_vnni::available() {
+            return Self::AvxVnni;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if avx2::available() {
+            return Self::Avx2;
+        }
         let _ = tokens;
         Self::Plain
     }
@@ -151,6 +163,12 @@ fn run(kernel: Kernel, x: &Activations, tokens: usize, product: &Product<'_>, gr
     match kernel {
         Kernel::Plain => plain(x, tokens, product, groups),
         // SAFETY: `Kernel::best` has found the features
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx2 => unsafe { avx2::groups(x, tokens, product, groups) },
+        // SAFETY: as above
+        #[cfg(target_arch = "x86_64")]
+        Kernel::AvxVnni => unsafe { avx_vnni::groups(x, tokens, product, groups) },
+        // SAFETY: as above
         #[cfg(target_arch = "x86_64")]
         Kernel::Vnni => unsafe { vnni::groups(x, 0..tokens, product, groups) },
         // SAFETY: as above
@@ -187,6 +205,122 @@ fn sum_block_body(lines: &[Line], scales: &[f16; GROUP], numbers: &[i8], scale: 
         results[row] = (sums[row] as f32).mul_add(scales[row].to_f32() * scale, results[row]);
     }
 }
+
+/// Products in registers of 256 bits. `$weights` prepares eight rows' numbers of four inputs, `$dot` adds their products with four of a token's numbers, and
+/// `$start` is what a block's sums start from.
+#[cfg(target_arch = "x86_64")]
+macro_rules! in_256_bits {
+    ($name:ident, $features:literal, $available:expr, $weights:item, $dot:item, $start:expr) => {
+        mod $name {
+            use super::{Activations, BLOCK, GROUP, LINES, Product, ask};
+            use std::arch::x86_64::*;
+            use std::ops::Range;
+
+            pub fn available() -> bool {
+                $available
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            $weights
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            $dot
+
+            /// # Safety
+            /// [`available`] must be true.
+            #[target_feature(enable = $features)]
+            pub unsafe fn groups(x: &Activations, tokens: usize, product: &Product<'_>, groups: Range<usize>) {
+                for group in groups {
+                    let whole = tokens / 2 * 2;
+                    // SAFETY: the features are those of this function
+                    unsafe {
+                        (0..whole).step_by(2).for_each(|token| some::<2>(x, token, product, group));
+                        (whole..tokens).for_each(|token| some::<1>(x, token, product, group));
+                    }
+                }
+            }
+
+            /// A group's rows for T tokens.
+            ///
+            /// # Safety
+            /// As [`groups`].
+            #[target_feature(enable = $features)]
+            unsafe fn some<const T: usize>(x: &Activations, token: usize, product: &Product<'_>, group: usize) {
+                let mut totals = [[_mm256_setzero_ps(); 2]; T];
+                for block in 0..x.blocks {
+                    let (lines, scales) = (&product.weights.step(group, block)[..LINES], product.weights.scales(group, block));
+                    // (beyond the last line it may be anywhere: asking is no reading)
+                    (0..LINES).for_each(|i| ask(lines.as_ptr().wrapping_add(2 * LINES + i)));
+                    let mut sums = [[_mm256_setzero_si256(); 2]; T];
+                    for (t, sums) in sums.iter_mut().enumerate() {
+                        *sums = [_mm256_set1_epi32($start(x.corrections[(token + t) * x.blocks + block])); 2];
+                    }
+                    for (i, line) in lines.iter().enumerate() {
+                        // SAFETY: a line of 64 bytes
+                        let halves = unsafe { [0, 32].map(|from| weights(_mm256_load_si256(line.0.as_ptr().add(from).cast()))) };
+                        for (t, sums) in sums.iter_mut().enumerate() {
+                            let numbers = x.numbers[((token + t) * x.blocks + block) * BLOCK + 4 * i..][..4].as_ptr();
+                            // SAFETY: four bytes
+                            let numbers = _mm256_set1_epi32(unsafe { numbers.cast::<i32>().read_unaligned() });
+                            *sums = [dot(sums[0], halves[0], numbers), dot(sums[1], halves[1], numbers)];
+                        }
+                    }
+                    // SAFETY: eight scales each
+                    let scales = unsafe { [0, 8].map(|from| _mm256_cvtph_ps(_mm_loadu_si128(scales.as_ptr().add(from).cast()))) };
+                    for (t, (sums, totals)) in sums.iter().zip(&mut totals).enumerate() {
+                        let scale = _mm256_set1_ps(x.scales[(token + t) * x.blocks + block]);
+                        for half in 0..2 {
+                            totals[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[half]), _mm256_mul_ps(scales[half], scale), totals[half]);
+                        }
+                    }
+                }
+                for (t, totals) in totals.into_iter().enumerate() {
+                    let mut results = [0f32; GROUP];
+                    // SAFETY: eight elements each
+                    unsafe {
+                        _mm256_storeu_ps(results.as_mut_ptr(), totals[0]);
+                        _mm256_storeu_ps(results.as_mut_ptr().add(8), totals[1]);
+                    }
+                    product.write(token + t, group, &results);
+                }
+            }
+        }
+    };
+}
+
+// Magnitudes by signed numbers, in pairs of at most 2 x 128 x 127, which 16 bits hold; the weights' offset is gone.
+#[cfg(target_arch = "x86_64")]
+in_256_bits!(
+    avx2,
+    "avx2,fma,f16c",
+    super::dot::has_avx2() && is_x86_feature_detected!("f16c"),
+    fn weights(line: __m256i) -> (__m256i, __m256i) {
+        let signed = _mm256_xor_si256(line, _mm256_set1_epi8(i8::MIN));
+        (_mm256_abs_epi8(signed), signed)
+    },
+    fn dot(sum: __m256i, (magnitudes, signed): (__m256i, __m256i), numbers: __m256i) -> __m256i {
+        let pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(numbers, signed));
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    },
+    |_correction: i32| 0
+);
+
+// VNNI in registers of 256 bits, on processors without AVX-512.
+#[cfg(target_arch = "x86_64")]
+in_256_bits!(
+    avx_vnni,
+    "avx2,fma,f16c,avxvnni",
+    super::dot::has_avx2() && is_x86_feature_detected!("f16c") && is_x86_feature_detected!("avxvnni"),
+    fn weights(line: __m256i) -> __m256i {
+        line
+    },
+    fn dot(sum: __m256i, weights: __m256i, numbers: __m256i) -> __m256i {
+        _mm256_dpbusd_avx_epi32(sum, weights, numbers)
+    },
+    |correction: i32| correction
+);
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod vnni {
@@ -423,8 +557,10 @@ mod tests {
                 assert!((weights.at(row, k - 1) - w[row * k + k - 1]).abs() < 0.005);
             }
             #[cfg(target_arch = "x86_64")]
-            if vnni::available() {
-                assert_eq!(by(Kernel::Vnni), plain);
+            for (kernel, available) in [(Kernel::Avx2, avx2::available()), (Kernel::AvxVnni, avx_vnni::available()), (Kernel::Vnni, vnni::available())] {
+                if available {
+                    assert_eq!(by(kernel), plain, "{kernel:?}");
+                }
             }
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             if vnni::available() && super::super::amx::bytes_available() {

@@ -67,7 +67,7 @@ struct SharedPrefix {
 
 impl KvCache for SharedPrefix {
     fn attend(&mut self, layer: usize, spec: &AttentionSpec, q: &Tensor, k: &Tensor, v: &Tensor, _batch: &Batch) -> evop_model::Result<Tensor> {
-        let whole = |t: &Tensor| t.index_select(&self.gather, 0);
+        let whole = |t: &Tensor| t.contiguous()?.index_select(&self.gather, 0);
         let attended = NoCache.attend(layer, spec, &whole(q)?, &whole(k)?, &whole(v)?, &self.whole)?;
         Ok(attended.index_select(&self.scatter, 0)?)
     }

@@ -12,6 +12,8 @@ use crate::commands::child_server::ChildServer;
 use crate::commands::http;
 use crate::commands::progress;
 use crate::config::Secret;
+use crate::models::ModelSource;
+use crate::shape::Shape;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use client::{End, Target};
@@ -39,6 +41,7 @@ const WARM_UP: u32 = 1 << 20;
     evop bench serve --url http://127.0.0.1:8080 --rate 2,4 --seconds 60 --stop-at-eos\n  \
     evop bench serve --model ./SmolLM2 --intruder-tokens 4000 -- --dtype q8_0\n  \
     evop bench serve --model ./SmolLM2 --shared-prefix 512 --prompt-tokens 16\n  \
+    evop bench serve --random llama-3.2-1b --concurrency 1,8 -- --dtype q8_0\n  \
     evop bench serve --concurrency 256 --seconds 60 --disconnect 0.3 --slow-readers 0.05 --half-bodies 0.05 -- --max-queue 64")]
 pub struct ServeBenchArgs {
     /// The server; without it one is started for --model, on a free port.
@@ -47,6 +50,9 @@ pub struct ServeBenchArgs {
     /// What the server that is started serves; without it the small bundled model.
     #[arg(long, value_name = "MODEL", conflicts_with = "url", help_heading = "Server")]
     pub model: Option<String>,
+    /// Random weights in the shape of a known model, instead of a checkpoint.
+    #[arg(long, value_name = "SHAPE", conflicts_with_all = ["url", "model"], help_heading = "Server")]
+    pub random: Option<Shape>,
     /// The model's name in requests. [default: the first of the server's /v1/models]
     #[arg(long, value_name = "NAME", help_heading = "Server")]
     pub served_model: Option<String>,
@@ -165,7 +171,8 @@ fn start(args: &ServeBenchArgs, data: &std::path::Path, threads: usize) -> Resul
     ChildServer::start(|command| {
         command.envs([("EVOP_HOST", "127.0.0.1"), ("EVOP_PORT", "0"), ("EVOP_ADMIN_ADDR", "off"), ("EVOP_LOG", "warn")]);
         command.env("EVOP_DATA_DIR", data).env("EVOP_THREADS", threads.to_string());
-        command.args(args.model.iter().flat_map(|model| ["--model", model])).args(&args.serve);
+        let random = args.random.map(|shape| ModelSource::Random(shape).name());
+        command.args(args.model.iter().chain(&random).flat_map(|model| ["--model", model])).args(&args.serve);
     })
 }
 
@@ -324,6 +331,7 @@ mod tests {
             "--rate 2 --concurrency 4",
             "--seconds 5 --requests 4",
             "--url http://a --model b",
+            "--random smollm-135m --model b",
             "--url http://a -- --max-queue 3",
             "--requests 0",
             "--shared-prefix 9 --intruder-tokens 9",

@@ -1,6 +1,7 @@
 //! Fairness: chats stream, and a long prompt arrives. How much slower do they get while it is read?
 //!
-//! Chats get slower with every token of theirs, whoever else is there. So the time of the reading is held against the times before and after it.
+//! Chats get slower with every token of theirs, whoever else is there. So the same tokens, by their places in the answers, are timed again in a round to which
+//! nobody comes.
 
 use super::client::{Answer, End, Target};
 use super::report::Percentiles;
@@ -15,8 +16,8 @@ use tokio::task::JoinSet;
 
 /// Chunks that every chat has to have before it counts: its own prompt and the others' are read by then.
 const SETTLED_CHUNKS: usize = 8;
-/// Chunks of every chat that make up the time before the intruder, and the time after it.
-const AROUND_CHUNKS: usize = 48;
+/// Chunks of every chat that make up the time before the intruder.
+const BEFORE_CHUNKS: usize = 48;
 
 /// The scenario.
 #[derive(Debug, Clone)]
@@ -37,9 +38,9 @@ pub struct Round {
     pub before: Percentiles,
     /// And from then to its first token.
     pub during: Percentiles,
-    /// And after it.
-    pub after: Percentiles,
-    /// The 99th percentile during, over the mean of those before and after.
+    /// Between the same tokens of chats to which nobody came.
+    pub undisturbed: Percentiles,
+    /// The 99th percentile during, over the undisturbed one.
     pub ratio_p99: f64,
     /// The long prompt's time to first token among the chats, in milliseconds.
     pub first_token: f64,
@@ -70,36 +71,41 @@ impl Scenario {
     }
 
     async fn round(&self, number: usize) -> Result<Round> {
-        let series = 2 * number as u32;
+        let series = 3 * number as u32;
         let alone = self.intrude(series, 0).await?;
-        let arrivals: Vec<Arrivals> = (0..self.count).map(|_| Arrivals::default()).collect();
-        let mut chats = JoinSet::new();
-        for (chat, arrivals) in arrivals.iter().cloned().enumerate() {
-            let (target, plan) = (self.target.clone(), self.chats.request(series + 1, chat as u64));
-            chats.spawn(async move { target.ask(&plan, |at| locked(&arrivals).push(at)).await });
-        }
-        until_all_have(&mut chats, &arrivals, SETTLED_CHUNKS).await?;
-        let settled = Instant::now();
-        let had = arrivals.iter().map(|a| locked(a).len()).max().unwrap_or(0);
-        until_all_have(&mut chats, &arrivals, had + AROUND_CHUNKS).await?;
+        let mut chats = self.chat(series + 1);
+        chats.all_have(SETTLED_CHUNKS).await?;
+        let settled = chats.lengths();
+        let most = settled.iter().max().copied().unwrap_or(0);
+        chats.all_have(most + BEFORE_CHUNKS).await?;
         let intruder = self.intrude(series, 1).await?;
-        let had = arrivals.iter().map(|a| locked(a).len()).max().unwrap_or(0);
-        until_all_have(&mut chats, &arrivals, had + AROUND_CHUNKS).await?;
+        let first = intruder.chunks.first().copied().unwrap_or(intruder.ended);
+        let (came, read) = (chats.lengths_at(intruder.sent), chats.lengths_at(first));
+        let before = Percentiles::of(chats.gaps(&settled, &came));
+        let during = Percentiles::of(chats.gaps(&came, &read));
         // whoever still streams hangs up
         drop(chats);
-        let first = intruder.chunks.first().copied().unwrap_or(intruder.ended);
-        let gaps = |from: Instant, to: Instant| {
-            let arrivals: Vec<Vec<Instant>> = arrivals.iter().map(|a| locked(a).clone()).collect();
-            let gaps = arrivals.iter().flat_map(|a| a.windows(2).filter(|pair| pair[1] > from && pair[1] <= to).map(|pair| pair[1] - pair[0]));
-            Percentiles::of(gaps.collect())
-        };
-        let (Some(before), Some(during), Some(after)) = (gaps(settled, intruder.sent), gaps(intruder.sent, first), gaps(intruder.ended, Instant::now())) else {
+        let mut control = self.chat(series + 2);
+        control.all_have(read.iter().max().copied().unwrap_or(0)).await?;
+        let undisturbed = Percentiles::of(control.gaps(&came, &read));
+        let (Some(before), Some(during), Some(undisturbed)) = (before, during, undisturbed) else {
             bail!("no chat got a token while the long prompt was read");
         };
-        let ratio_p99 = during.p99 / f64::midpoint(before.p99, after.p99);
+        let ratio_p99 = during.p99 / undisturbed.p99;
         let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
         let first_of = |answer: &Answer| milliseconds(answer.chunks.first().copied().unwrap_or(answer.ended) - answer.sent);
-        Ok(Round { before, during, after, ratio_p99, first_token: first_of(&intruder), first_token_alone: first_of(&alone) })
+        Ok(Round { before, during, undisturbed, ratio_p99, first_token: first_of(&intruder), first_token_alone: first_of(&alone) })
+    }
+
+    /// All chats begin.
+    fn chat(&self, series: u32) -> Chats {
+        let arrivals: Vec<Arrivals> = (0..self.count).map(|_| Arrivals::default()).collect();
+        let mut streaming = JoinSet::new();
+        for (chat, arrivals) in arrivals.iter().cloned().enumerate() {
+            let (target, plan) = (self.target.clone(), self.chats.request(series, chat as u64));
+            streaming.spawn(async move { target.ask(&plan, |at| locked(&arrivals).push(at)).await });
+        }
+        Chats { arrivals, streaming }
     }
 
     async fn intrude(&self, series: u32, number: u64) -> Result<Answer> {
@@ -111,16 +117,43 @@ impl Scenario {
     }
 }
 
-/// Waits until every chat has so many chunks.
-async fn until_all_have(chats: &mut JoinSet<Answer>, arrivals: &[Arrivals], chunks: usize) -> Result<()> {
-    loop {
-        if arrivals.iter().all(|a| locked(a).len() >= chunks) {
-            return Ok(());
+/// Chats that stream. They hang up when this is dropped.
+struct Chats {
+    arrivals: Vec<Arrivals>,
+    streaming: JoinSet<Answer>,
+}
+
+impl Chats {
+    /// Waits until every chat has so many chunks.
+    async fn all_have(&mut self, chunks: usize) -> Result<()> {
+        loop {
+            if self.lengths().iter().all(|length| *length >= chunks) {
+                return Ok(());
+            }
+            if let Some(ended) = self.streaming.try_join_next() {
+                bail!("a chat ended before or while the long prompt was read ({:?}): give chats more tokens (--chat-tokens)", ended?.end);
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        if let Some(ended) = chats.try_join_next() {
-            bail!("a chat ended before, while or soon after the long prompt was read ({:?}): give chats more tokens (--chat-tokens)", ended?.end);
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+
+    /// How many chunks each has.
+    fn lengths(&self) -> Vec<usize> {
+        self.arrivals.iter().map(|a| locked(a).len()).collect()
+    }
+
+    /// How many chunks each had by then.
+    fn lengths_at(&self, time: Instant) -> Vec<usize> {
+        self.arrivals.iter().map(|a| locked(a).partition_point(|at| *at <= time)).collect()
+    }
+
+    /// Times between chunks, of each chat those up to its chunk numbers `from..to`.
+    fn gaps(&self, from: &[usize], to: &[usize]) -> Vec<Duration> {
+        let of = |((arrivals, from), to): ((&Arrivals, &usize), &usize)| -> Vec<Duration> {
+            let arrivals = locked(arrivals);
+            (1.max(*from)..*to).map(|i| arrivals[i] - arrivals[i - 1]).collect()
+        };
+        self.arrivals.iter().zip(from).zip(to).flat_map(of).collect()
     }
 }
 
@@ -128,19 +161,19 @@ async fn until_all_have(chats: &mut JoinSet<Answer>, arrivals: &[Arrivals], chun
 pub fn print(chats: usize, intruder_tokens: usize, rounds: &[Round]) {
     println!("{chats} chats stream, a prompt of {intruder_tokens} tokens arrives; milliseconds between tokens");
     println!(
-        "{:>7}{:>12}{:>8}{:>12}{:>8}{:>12}{:>8}{:>12}{:>17}{:>8}",
-        "round", "before p50", "p99", "during p50", "p99", "after p50", "p99", "p99 ratio", "its first token", "alone"
+        "{:>7}{:>12}{:>8}{:>12}{:>8}{:>13}{:>8}{:>12}{:>17}{:>8}",
+        "round", "before p50", "p99", "during p50", "p99", "without p50", "p99", "p99 ratio", "its first token", "alone"
     );
     for (number, r) in rounds.iter().enumerate() {
         println!(
-            "{:>7}{:>12.1}{:>8.1}{:>12.1}{:>8.1}{:>12.1}{:>8.1}{:>11.2}x{:>17.0}{:>8.0}",
+            "{:>7}{:>12.1}{:>8.1}{:>12.1}{:>8.1}{:>13.1}{:>8.1}{:>11.2}x{:>17.0}{:>8.0}",
             number + 1,
             r.before.p50,
             r.before.p99,
             r.during.p50,
             r.during.p99,
-            r.after.p50,
-            r.after.p99,
+            r.undisturbed.p50,
+            r.undisturbed.p99,
             r.ratio_p99,
             r.first_token,
             r.first_token_alone

@@ -1,12 +1,11 @@
 //! Shapes of known models, to be filled with random weights.
 
-use crate::commands::model_args::warn;
 use anyhow::Result;
 use clap::ValueEnum;
-use evop_model::{Config, Decoder, Device, RandomSource, WeightType};
+use evop_model::{Checkpoint, Config};
 use serde_json::json;
 
-/// What `--random` may say.
+/// What `--random` and `--model random:SHAPE` may say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Shape {
     /// SmolLM2-135M.
@@ -21,12 +20,12 @@ pub enum Shape {
 }
 
 impl Shape {
-    /// A model of random weights.
-    pub fn decoder(self, device: &Device, weights: WeightType) -> Result<Decoder> {
-        let config = self.config()?;
-        let source = RandomSource::new(&config);
-        warn(weights, &config, &source)?;
-        Ok(Decoder::load(&config, &source, device, weights)?)
+    /// A model of random weights, whose tokens are words `t0`, `t1`, ….
+    ///
+    /// # Errors
+    /// As [`Checkpoint::random`].
+    pub fn checkpoint(self) -> Result<Checkpoint> {
+        Ok(Checkpoint::random(&self.to_string(), self.config()?)?)
     }
 
     fn config(self) -> Result<Config> {
@@ -42,6 +41,12 @@ impl Shape {
             "rms_norm_eps": 1e-5,
         });
         Ok(Config::from_json(&config.to_string(), "--random".as_ref())?)
+    }
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.to_possible_value().as_ref().map_or("", |value| value.get_name()))
     }
 }
 
