@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A GGUF of random weights in a known model's shape, without a tokenizer: for speed alone. The shapes are those of `evop bench --random`.
+"""A GGUF of random weights in a known model's shape, whose tokens are bytes and made-up words: for speed and memory alone. The shapes are those of `evop bench --random`.
 
 usage: random-gguf.py SHAPE TYPE OUT.gguf          (needs gguf and numpy from PyPI)
 
@@ -12,6 +12,13 @@ import numpy
 
 # hidden size, MLP channels, layers, query heads, key/value heads, vocabulary, context
 SHAPES = {"smollm-135m": (576, 1536, 30, 9, 3, 49152, 8192), "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, 131072)}
+
+
+def byte_letters():
+    """A letter for each of the 256 bytes, as GPT-2's tokenizer has them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def main():
@@ -30,7 +37,14 @@ def main():
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    tokens = byte_letters() + ["th"]
+    tokens += [f"<t{id}>" for id in range(len(tokens), vocab)]
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * vocab)
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(vocab - 1)
     random = numpy.random.default_rng(31)
 
     def matrix(name, rows, columns):
