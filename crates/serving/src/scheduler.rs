@@ -217,8 +217,9 @@ impl Scheduler {
         let mut budget = self.limits.max_batch_tokens;
         self.running.iter_mut().for_each(|s| (s.scheduled, s.drafting) = (0, 0));
         for decoding in [true, false] {
-            if !decoding && self.step().decoding > 0 {
-                budget = self.pace.prompt_tokens(budget);
+            let streaming = self.step().decoding;
+            if !decoding && streaming > 0 {
+                budget = self.pace.prompt_tokens(streaming, self.running.len() - streaming, budget);
             }
             let mut at = 0;
             while at < self.running.len() && budget > 0 {
@@ -360,7 +361,7 @@ mod tests {
         assert_eq!(step(&mut scheduler), [1, 0], "a first step shows what decoding takes");
         scheduler.pace.observe(1, 0, Duration::from_millis(20));
         scheduler.pace.observe(0, 100, Duration::from_millis(100));
-        assert_eq!(scheduler.schedule(|_| 0), Step { decoding: 1, prompt_tokens: 20 });
+        assert_eq!(scheduler.schedule(|_| 0), Step { decoding: 1, prompt_tokens: 15 }, "of the 20 that fit, so many that rows are a multiple of 8");
     }
 
     #[test]
