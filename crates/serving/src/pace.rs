@@ -12,7 +12,7 @@ const WEIGHT: f64 = 0.25;
 const OUTLIER: f64 = 4.0;
 /// After so many steps with prompts one is for decoding alone, so that it is known what that takes.
 const PROBE_STEPS: usize = 16;
-/// Prompt tokens of a step at least: about what comes with the reading of the weights. With less a long prompt would hardly get on where every step
+/// Prompt tokens of a step at least, before rows are made a multiple of 8: about what comes with the reading of the weights. With less a long prompt would hardly get on where every step
 /// also reads all of its keys and values.
 const LEAST_TOKENS: usize = 16;
 /// Rows that products take at once: a step of some more costs as much as one of so many more.
