@@ -12,9 +12,10 @@ import os
 import socket
 import statistics
 import subprocess
-import tempfile
 import time
 import urllib.request
+
+from served import Server
 
 CLIENTS, CONTEXT = 16, 512
 
@@ -53,30 +54,24 @@ def main():
     parser.add_argument("--requests", default="64")
     parser.add_argument("--kv-memory")
     args = parser.parse_args()
-    ports = free_port(), free_port()
-    data = tempfile.TemporaryDirectory()
-    commands = [
-        [args.evop, "serve", "--model", args.file, "--dtype", args.dtype, "--threads", args.threads, "--max-concurrent", str(CLIENTS), "--max-model-len", str(CONTEXT),
-         "--kv-dtype", "f16", "--port", ports[0], "--admin-addr", "off", "--log", "warn", "--data-dir", data.name,
-         *(["--kv-memory", args.kv_memory] if args.kv_memory else [])],
-        [os.path.join(args.llama, "llama-server"), "-m", args.file, "-t", args.threads, "-tb", args.threads, "-np", str(CLIENTS), "-c", str(CLIENTS * CONTEXT),
-         "--cache-ram", "0", "--no-webui", "--port", ports[1]],
-    ]
-    servers = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands]
+    evop = Server(args.evop, ["--model", args.file, "--dtype", args.dtype, "--threads", args.threads, "--max-concurrent", str(CLIENTS), "--max-model-len", str(CONTEXT),
+                              "--kv-dtype", "f16", "--log", "warn", *(["--kv-memory", args.kv_memory] if args.kv_memory else [])])
+    port = free_port()
+    llama = subprocess.Popen([os.path.join(args.llama, "llama-server"), "-m", args.file, "-t", args.threads, "-tb", args.threads, "-np", str(CLIENTS),
+                              "-c", str(CLIENTS * CONTEXT), "--cache-ram", "0", "--no-webui", "--port", port], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    urls = [evop.url, f"http://127.0.0.1:{port}"]
     try:
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        for url, ready, server in zip(urls, ("/ready", "/health"), servers):
-            wait(url + ready, server)
+        wait(urls[1] + "/health", llama)
         reports = [[], []]
         for number in range(args.rounds):
             for url, own in zip(urls, reports):
                 bench = subprocess.run([args.evop, "bench", "serve", "--url", url, "--concurrency", str(CLIENTS), "--requests", args.requests, "--prompt-tokens", "128",
                                         "--output-tokens", "64", "--seed", str(number + 1), "--json"], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
                 own.append(json.loads(bench.stdout)["levels"][0])
-        resident = [memory(server) for server in servers]
+        resident = [memory(process) for process in (evop.process, llama)]
     finally:
-        for server in servers:
-            server.kill()
+        llama.kill()
+        evop.stop()
     print("| | evop | llama-server | ratio |\n| --- | --- | --- | --- |")
     medians = lambda pick: [statistics.median(pick(report) for report in own) for own in reports]
     rates = medians(lambda r: r["requests_per_second"])

@@ -1,4 +1,4 @@
-"""A server of one's own for a measurement: what compare-drafts.py and compare-forms.py ask."""
+"""A server of one's own for a measurement: what compare-drafts.py, compare-forms.py and compare-servers.py ask."""
 import concurrent.futures
 import json
 import subprocess

@@ -90,7 +90,7 @@ impl Linear {
         let mut first = 0;
         let views = layers.into_iter().map(|layer| {
             first += layer.outputs();
-            Ok(Self { weight: joint.weight.part(first - layer.outputs(), layer.outputs())?, bias: layer.bias })
+            Ok(Self { weight: Matrix::new(joint.weight.rows_at(first - layer.outputs()..first)?)?, bias: layer.bias })
         });
         let views = views.collect::<Result<Vec<_>>>()?.try_into().map_err(|_| crate::Error::Input("a layer was lost".into()))?;
         Ok((Some(joint), views))

@@ -194,14 +194,6 @@ impl Matrix {
         })
     }
 
-    /// Some rows of plain numbers, as a view.
-    pub fn part(&self, first: usize, rows: usize) -> Result<Self> {
-        match self {
-            Self::Plain(tensor) => Ok(Self::Plain(tensor.narrow(0, first, rows)?)),
-            Self::Packed(_) => Err(Error::Input("a matrix that is laid out for the CPU has no parts".into())),
-        }
-    }
-
     /// The first columns, as a view; a copy where the device's products take whole matrices only.
     pub fn narrow_columns(&self, columns: usize) -> Result<Self> {
         Ok(match self {
